@@ -1,0 +1,206 @@
+"""What every operator means, in plain PyTorch.
+
+One function per op, differentiable, for any float dtype including float64. Nothing here imports a kernel: these
+functions are the specification that every backend is measured against.
+
+Shape letters, used throughout the package:
+    B  batch            N  tokens              E  embedding width     H  attention heads     D  head dim
+    F  MLP hidden size  O  output features     C  image channels      PH, PW  patch sides    IH, IW  image sides
+    T  prefix tokens (class, distillation, register)                  L  patches, (IH // PH) * (IW // PW)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+
+
+def activation(h: Tensor, act: str) -> Tensor:
+    """Apply ``act`` to ``h``: "gelu" (exact, erf), "gelu_tanh" or "quick_gelu" (CLIP's ``h * sigmoid(1.702 h)``)."""
+    if act == "gelu":
+        return F.gelu(h)
+    if act == "gelu_tanh":
+        return F.gelu(h, approximate="tanh")
+    if act == "quick_gelu":
+        return h * torch.sigmoid(1.702 * h)
+    raise ValueError(f"activation: act is {act!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
+
+
+def normalize_pixels(images: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``(images - mean) / std`` per channel in ``dtype``; uint8 pixels are divided by 255 first."""
+    pixels = images.to(dtype)
+    if images.dtype == torch.uint8:
+        pixels = pixels / 255
+    if mean is not None:
+        pixels = pixels - mean.to(dtype).view(-1, 1, 1)
+    if std is not None:
+        pixels = pixels / std.to(dtype).view(-1, 1, 1)
+    return pixels
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Tensor:
+    """Image to tokens: normalise, project each patch, prepend the prefix tokens, add the position table.
+
+    images     (B, C, IH, IW)   float or uint8; IH, IW multiples of PH, PW
+    weight     (E, C, PH, PW)
+    bias       (E,)             optional
+    pos_embed  (L, E): added to the patch tokens only; or (T + L, E): added to all tokens
+    prefix     (T, E)           class, distillation and register tokens, placed first
+    mean, std  (C,)             in units of [0, 1] pixels
+    returns    (B, T + L, E)    dtype of weight
+
+    Source: "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021), equation 1.
+    """
+    pixels = normalize_pixels(images, mean, std, weight.dtype)
+    tokens = F.conv2d(pixels, weight, bias, stride=weight.shape[-2:]).flatten(2).transpose(1, 2)
+    num_prefix = 0 if prefix is None else prefix.shape[0]
+    pos_on_patches = pos_embed is not None and pos_embed.shape[0] == tokens.shape[1]
+    if pos_on_patches:
+        tokens = tokens + pos_embed
+    if prefix is not None:
+        tokens = torch.cat([prefix.expand(tokens.shape[0], num_prefix, -1), tokens], dim=1)
+    if pos_embed is not None and not pos_on_patches:
+        tokens = tokens + pos_embed
+    return tokens
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Multi-head attention, ``softmax(q k^T * scale + mask) v``.
+
+    q          (B, H, Nq, D)
+    k, v       (B, H, Nk, D)
+    attn_mask  broadcastable to (B, H, Nq, Nk); bool (True takes part) or float (added to the scores)
+    scale      default D ** -0.5
+    returns    (B, H, Nq, D); a query whose every key is masked gets zeros
+
+    Source: "Attention Is All You Need" (Vaswani et al., 2017).
+    """
+    scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~keep, float("-inf"))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    masked_out = (scores == float("-inf")).all(dim=-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(masked_out, 0.0), dim=-1).masked_fill(masked_out, 0.0)
+    return weights @ v
+
+
+def attention_packed(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Tensor:
+    """Self-attention on a packed projection.
+
+    qkv      (B, N, 3 * H * D)  ordered q, k, v, then head, then head dim
+    returns  (B, N, H * D)
+    """
+    q, k, v = unpack_qkv(qkv, num_heads)
+    return attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+
+
+def unpack_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of q, k and v, each (B, H, N, D), on a packed (B, N, 3 * H * D) tensor."""
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def layernorm_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+) -> Tensor:
+    """``linear(layer_norm(x))``.
+
+    x                       (..., E)
+    norm_weight, norm_bias  (E,)     optional
+    weight                  (O, E)
+    bias                    (O,)     optional
+    returns                 (..., O) dtype of weight
+    """
+    return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps).to(weight.dtype), weight, bias)
+
+
+def add_branch(residual: Tensor, branch: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
+    """``residual + row_scale * layer_scale * branch``; ``row_scale`` (B,) scales whole samples (DropPath)."""
+    if layer_scale is not None:
+        branch = branch * layer_scale
+    if row_scale is not None:
+        branch = branch * row_scale.view(-1, *[1] * (branch.dim() - 1)).to(branch.dtype)
+    return residual + branch
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    *,
+    layer_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """``residual + row_scale * layer_scale * linear(x)``: the attention projection and its residual.
+
+    x            (B, ..., E)
+    weight       (O, E)
+    bias         (O,)         optional
+    residual     (B, ..., O)
+    layer_scale  (O,)         optional; "Going deeper with Image Transformers" (Touvron et al., 2021)
+    row_scale    (B,)         optional; one factor a sample: DropPath's 0 or 1 / keep_prob. Not differentiated
+    returns      (B, ..., O)  dtype of residual
+    """
+    return add_branch(residual, F.linear(x, weight, bias), layer_scale, row_scale)
+
+
+def layernorm_mlp(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    act: str = "gelu",
+    eps: float = 1e-6,
+    layer_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    residual: bool = True,
+) -> Tensor:
+    """``x + row_scale * layer_scale * fc2(act(fc1(layer_norm(x))))``: the MLP half of a ViT block.
+
+    x                       (B, ..., E)
+    norm_weight, norm_bias  (E,)    optional
+    fc1_weight, fc1_bias    (F, E), (F,)
+    fc2_weight, fc2_bias    (E, F), (E,)
+    act                     "gelu" (erf) | "gelu_tanh" | "quick_gelu"
+    layer_scale, row_scale  (E,), (B,)  as in linear_residual
+    residual                False leaves out ``x +``
+    returns                 (B, ..., E) dtype of x
+    """
+    hidden = activation(layernorm_linear(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps=eps), act)
+    branch = F.linear(hidden, fc2_weight, fc2_bias)
+    return add_branch(x if residual else torch.zeros_like(x), branch, layer_scale, row_scale)

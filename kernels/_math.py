@@ -1,0 +1,19 @@
+"""Device helpers shared by the kernels."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def dot(a, b, acc=None, INPUT_PRECISION: tl.constexpr = "ieee"):
+    """a @ b (+ acc), summed in float32. The interpreter's bfloat16 dot is wrong, so it multiplies exact float32 copies."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
