@@ -29,3 +29,25 @@ class AotCase:
         source = ASTSource(self.fn, self.signature, {(position[k],): v for k, v in self.constexprs.items()}, hints)
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """Tiles of one attention kernel: queries by keys by head dim."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+    def constexprs(self) -> dict[str, int]:
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_D": self.block_d}
+
+
+def attention_settings(kernel: str, dtype: Any, dim: int) -> AttentionSettings:
+    """Settings of ``kernel`` ("fwd", "bwd_dq", "bwd_dkv") for a dtype and head dim."""
+    block_d = 32 if dim <= 32 else 64 if dim <= 64 else 128
+    if dtype.itemsize == 4:
+        return AttentionSettings(32, 32, block_d, 4, 1)
+    return AttentionSettings(64, 64, block_d, 4, 2)

@@ -17,3 +17,13 @@ def dot(a, b, acc=None, INPUT_PRECISION: tl.constexpr = "ieee"):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """float32 ``x`` rounded to nearest even in ``dtype``. The interpreter's cast to bfloat16 truncates, so it rounds first."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
