@@ -1,0 +1,15 @@
+"""fastvit: a faster Vision Transformer to swap in, exact and proven.
+
+>>> import timm, fastvit
+>>> model = timm.create_model("vit_base_patch16_224", pretrained=True)
+>>> fastvit.accelerate(model)         # in place: same parameters, same keys, same outputs
+>>> print(fastvit.explain(model))     # which kernel runs each part, and why not where none does
+>>> fastvit.restore(model)            # exactly as it was
+"""
+
+from . import ops, reference
+from .dispatch import Unsupported, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = ["Unsupported", "__version__", "ops", "reference", "use_backend"]

@@ -65,15 +65,16 @@ def patch_embed(
     """
     pixels = normalize_pixels(images, mean, std, weight.dtype)
     tokens = F.conv2d(pixels, weight, bias, stride=weight.shape[-2:]).flatten(2).transpose(1, 2)
-    num_prefix = 0 if prefix is None else prefix.shape[0]
-    pos_on_patches = pos_embed is not None and pos_embed.shape[0] == tokens.shape[1]
-    if pos_on_patches:
-        tokens = tokens + pos_embed
+    return assemble_tokens(tokens, pos_embed, prefix)
+
+
+def assemble_tokens(patches: Tensor, pos_embed: Tensor | None, prefix: Tensor | None) -> Tensor:
+    """Prepend the prefix tokens to (B, L, E) patches and add the position table, to the patches or to all."""
+    pos_on_patches = pos_embed is not None and pos_embed.shape[0] == patches.shape[1]
+    tokens = patches + pos_embed if pos_on_patches else patches
     if prefix is not None:
-        tokens = torch.cat([prefix.expand(tokens.shape[0], num_prefix, -1), tokens], dim=1)
-    if pos_embed is not None and not pos_on_patches:
-        tokens = tokens + pos_embed
-    return tokens
+        tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+    return tokens if pos_embed is None or pos_on_patches else tokens + pos_embed
 
 
 def attention(

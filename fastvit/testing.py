@@ -128,9 +128,7 @@ def accuracy(fused: Tensor, eager: Tensor, exact: Tensor, factor: float = 2.0) -
     rms, rms_stock = ours.square().mean().sqrt().item(), stock.square().mean().sqrt().item()
     tiny = 0.01 * unit * exact.square().mean().sqrt().item()
     worst, worst_stock = ours.abs().max().item(), stock.abs().max().item()
-    return Accuracy(
-        worst, worst_stock, factor * worst_stock + unit * scale, rms, rms_stock, factor * rms_stock + tiny
-    )
+    return Accuracy(worst, worst_stock, factor * worst_stock + unit * scale, rms, rms_stock, factor * rms_stock + tiny)
 
 
 def assert_as_accurate(fused: Tensor, eager: Tensor, exact: Tensor, name: str = "output", factor: float = 2.0) -> None:

@@ -1,0 +1,134 @@
+"""Choose an implementation for each op, and be able to say why.
+
+Three separate things: *support* (``Backend.why_not`` returns every reason it cannot run these arguments), *preference*
+(the order of ``Op.backends``) and the user's *choice* (``use_backend``, ``FASTVIT_BACKEND``). A chosen backend runs or
+raises ``Unsupported`` with its reasons; only "auto" moves on to the next one, and says so once.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "cuda", "cpp", "torch", "reference")
+OPS: dict[str, Op] = {}
+
+_choice: dict[str, str] = {}
+_warned: set[tuple[str, str, str]] = set()
+
+
+class Unsupported(RuntimeError):
+    """A backend was asked for by name and cannot run these arguments. ``reasons`` lists why."""
+
+    def __init__(self, op: str, backend: str, reasons: list[str]):
+        super().__init__(f"{op}: backend {backend!r} cannot run this call: {'; '.join(reasons)}")
+        self.op, self.backend, self.reasons = op, backend, reasons
+
+
+def runs_anything(*args: Any, **kwargs: Any) -> list[str]:
+    """``why_not`` of the plain PyTorch backends."""
+    return []
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation. ``why_not`` and ``run`` take the op's own arguments."""
+
+    name: str
+    run: Callable[..., Tensor]
+    why_not: Callable[..., list[str]] = runs_anything
+    device_types: tuple[str, ...] = ()
+    """Device types it is the preferred choice on; elsewhere its refusal is no news and is not warned about."""
+
+
+class Op:
+    """A named op with its backends in order of preference."""
+
+    def __init__(self, name: str, *backends: Backend):
+        self.name = name
+        self.backends = {backend.name: backend for backend in backends}
+        OPS[name] = self
+
+    def __call__(self, first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.select(first, *args, **kwargs).run(first, *args, **kwargs)
+
+    def select(self, first: Tensor, *args: Any, **kwargs: Any) -> Backend:
+        """The backend that will run this call. Raises ``Unsupported`` when the chosen one cannot."""
+        chosen = _choice.get(self.name, _choice.get("*", "auto"))
+        if chosen != "auto":
+            return self._chosen(chosen, first, *args, **kwargs)
+        for backend in self.backends.values():
+            reasons = backend.why_not(first, *args, **kwargs)
+            if not reasons:
+                return backend
+            if first.device.type in backend.device_types and not torch.compiler.is_compiling():
+                _warn_once(self.name, backend.name, reasons)
+        raise Unsupported(self.name, "auto", ["no backend is left"])
+
+    def explain(self, *args: Any, **kwargs: Any) -> dict[str, list[str]]:
+        """For each backend, every reason it cannot run this call; an empty list means that it can."""
+        return {name: backend.why_not(*args, **kwargs) for name, backend in self.backends.items()}
+
+    def _chosen(self, name: str, *args: Any, **kwargs: Any) -> Backend:
+        if name not in self.backends:
+            raise Unsupported(self.name, name, [f"{self.name} has only {', '.join(self.backends)}"])
+        reasons = self.backends[name].why_not(*args, **kwargs)
+        if reasons:
+            raise Unsupported(self.name, name, reasons)
+        return self.backends[name]
+
+
+def _warn_once(op: str, backend: str, reasons: list[str]) -> None:
+    key = (op, backend, reasons[0])
+    if key not in _warned:
+        _warned.add(key)
+        warnings.warn(f"fastvit.{op}: not using {backend!r}: {'; '.join(reasons)}", stacklevel=4)
+
+
+class use_backend:  # noqa: N801 - reads as a verb, like torch.no_grad
+    """Force a backend, for all ops or op by op; process-wide, like ``torch.backends``.
+
+    >>> use_backend("torch")                                   # from here on
+    >>> with use_backend(attention="triton", layernorm_mlp="cuda"):
+    ...     model(images)                                      # then back to what it was
+
+    "auto" gives the choice back to the package. ``FASTVIT_BACKEND`` takes the same words:
+    ``torch``, or ``attention=triton,layernorm_mlp=cuda``.
+    """
+
+    def __init__(self, backend: str | None = None, /, **per_op: str):
+        wanted = ({"*": backend} if backend is not None else {}) | per_op
+        for op, name in wanted.items():
+            if name != "auto" and name not in BACKENDS:
+                raise ValueError(f"use_backend: {name!r} is no backend, expected one of auto, {', '.join(BACKENDS)}")
+            if op != "*" and OPS and op not in OPS:
+                raise ValueError(f"use_backend: {op!r} is no op, expected one of {', '.join(OPS)}")
+        self._before = dict(_choice)
+        if backend is not None:
+            _choice.clear()
+        _choice.update(wanted)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _choice.clear()
+        _choice.update(self._before)
+
+
+def _choose_from_environment() -> None:
+    words = [word for word in os.environ.get("FASTVIT_BACKEND", "").split(",") if word]
+    per_op = dict(word.split("=", 1) for word in words if "=" in word)
+    default = [word for word in words if "=" not in word]
+    if len(default) > 1:
+        raise ValueError(f"FASTVIT_BACKEND: {','.join(default)!r} names more than one default backend")
+    use_backend(*default, **per_op)
+
+
+_choose_from_environment()

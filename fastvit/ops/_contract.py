@@ -1,0 +1,100 @@
+"""Checks and conversions that the ops share. Errors name the tensor, the rule and what came."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import _extension
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, ...], like: str) -> None:
+    if tensor is not None and tuple(tensor.shape) != expected:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {expected} {like}")
+
+
+def check_rank(op: str, name: str, tensor: Tensor, least: int, letters: str) -> None:
+    if tensor.dim() < least:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected {letters}")
+
+
+def check_together(op: str, first_name: str, first: Tensor, **others: Tensor | None) -> None:
+    """All floating point, and on the device of ``first``."""
+    if not first.is_floating_point():
+        raise ValueError(f"{op}: {first_name} is {first.dtype}, expected a floating point dtype")
+    for name, tensor in others.items():
+        if tensor is None:
+            continue
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, expected {first.device} like {first_name}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, expected a floating point dtype")
+
+
+def check_dtype(op: str, name: str, tensor: Tensor | None, allowed: tuple[torch.dtype, ...], like: str) -> None:
+    if tensor is not None and tensor.dtype not in allowed:
+        expected = " or ".join(str(dtype) for dtype in dict.fromkeys(allowed))
+        raise ValueError(f"{op}: {name} is {tensor.dtype}, expected {expected} {like}")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives to matrix products on ``x``'s device, or None when it is off."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """``tensors`` in ``dtype``; as they are when it is None."""
+    if dtype is None:
+        return tensors
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+def may_cache(*weights: Tensor | None) -> bool:
+    """Packed copies of weights are kept only where no optimiser is about to change them."""
+    return not (torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in weights))
+
+
+def why_not_device(backend: str, device_type: str, x: Tensor) -> list[str]:
+    if x.device.type != device_type:
+        return [f"the tensors are on {x.device}, {backend} runs on {device_type}"]
+    return []
+
+
+def why_not_dtype(name: str, x: Tensor) -> list[str]:
+    if x.dtype not in KERNEL_DTYPES:
+        return [f"{name} is {x.dtype}, the kernels take float32, bfloat16 and float16"]
+    return []
+
+
+def why_not_compiled(backend: str, x: Tensor, weight: Tensor) -> list[str]:
+    """Reasons against the C++ ("cpp") or CUDA ("cuda") kernels."""
+    built, device_type = {
+        "cpp": (_extension.why_not_cpp, "cpu"),
+        "cuda": (_extension.why_not_cuda, "cuda"),
+    }[backend]
+    reasons = built() + why_not_device(backend, device_type, x) + why_not_dtype("x", x)
+    return reasons if weight.dtype == x.dtype else reasons + why_not_dtype("the weight", weight)
+
+
+def why_not_triton(name: str, x: Tensor) -> list[str]:
+    reasons = _extension.why_not_triton()
+    if x.device.type != "cuda" and not (_extension.TRITON_INTERPRETED and x.device.type == "cpu"):
+        reasons.append(f"the tensors are on {x.device}, triton runs on cuda (or anywhere under TRITON_INTERPRET=1)")
+    return reasons + why_not_dtype(name, x)
+
+
+def compiled(backend: str) -> ModuleType:
+    """What holds the LayerNorm and MLP kernels of ``backend``: both offer the same functions."""
+    if backend == "cuda":
+        from . import _cuda
+
+        return _cuda
+    assert _extension.CPP is not None, "dispatch checked that the extension is loaded"
+    return _extension.CPP

@@ -1,0 +1,78 @@
+"""Register an op with PyTorch: schema, implementation, fake, autograd and double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("fastvit", "FRAGMENT")
+
+
+def define(name: str, schema: str, impl: Callable, fake: Callable) -> Callable:
+    """Define ``fastvit::<name><schema>``; return what calls it. The same ``impl`` serves every device."""
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastvit::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.fastvit, name).default
+
+
+def register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
+    """Give ``fastvit::<name>`` its gradient formula."""
+    torch.library.register_autograd(f"fastvit::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def register_double_backward(name: str, meaning: Callable, inputs: Sequence[str], arguments: Sequence[str]) -> None:
+    """Differentiate ``fastvit::<name>``, a backward op, by running ``meaning`` (the forward) in plain PyTorch.
+
+    ``arguments`` names the op's arguments in order; the first is the gradient of the output, and ``inputs`` are the
+    arguments of ``meaning``, given to it by name. Tensor arguments that are not in ``inputs`` are saved results of the
+    forward: their dependence runs through the inputs. The op's results are the gradients of its leading ``inputs``.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        tensors = {n: v for n, v in zip(arguments, inputs, strict=True) if isinstance(v, Tensor)}
+        ctx.tensor_names = list(tensors)
+        ctx.values = {n: v for n, v in zip(arguments, inputs, strict=True) if not isinstance(v, Tensor)}
+        ctx.save_for_backward(*tensors.values())
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple:
+        values = ctx.values | dict(zip(ctx.tensor_names, ctx.saved_tensors, strict=True))
+        with torch.enable_grad():
+            # A detached copy of what needs no gradient, so that every input can be differentiated.
+            known = {n: _leaf(values[n]) for n in inputs}
+            grad_output = _leaf(values[arguments[0]])
+            differentiable = [n for n in inputs if isinstance(known[n], Tensor)]
+            output = meaning(**known)
+            grads = torch.autograd.grad(
+                output, [known[n] for n in differentiable], grad_output, create_graph=True, allow_unused=True
+            )
+            pairs = [
+                (grad, grads_of_grads[inputs.index(n)])
+                for n, grad in zip(differentiable, grads, strict=True)
+                if grad is not None and inputs.index(n) < len(grads_of_grads)
+            ]
+            pairs = [(g, gg) for g, gg in pairs if gg is not None and gg.numel() == g.numel() and g.requires_grad]
+            sources = [grad_output] + [known[n] for n in differentiable]
+            if not pairs:
+                return (None,) * len(arguments)
+            second = torch.autograd.grad(
+                [g for g, _ in pairs],
+                sources,
+                [gg for _, gg in pairs],
+                allow_unused=True,
+                create_graph=torch.is_grad_enabled(),
+            )
+        by_name = dict(zip([arguments[0], *differentiable], second, strict=True))
+        return tuple(by_name.get(n) for n in arguments)
+
+    register_autograd(name, setup_context, backward)
+
+
+def _leaf(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.requires_grad or not value.is_floating_point():
+        return value
+    return value.detach().requires_grad_()

@@ -1,0 +1,311 @@
+"""Multi-head attention, on separate q, k, v or in place on a packed projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import Backend, Op
+from . import _contract, _register
+
+NAME, PACKED = "attention", "attention_packed"
+HEAD_DIMS = range(32, 129, 8)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """``softmax(q k^T * scale + mask) v``, the meaning of F.scaled_dot_product_attention.
+
+    q          (B, H, Nq, D)  float32 | bfloat16 | float16, any strides, one device
+    k, v       (B, H, Nk, D)  dtype of q
+    attn_mask  broadcastable to (B, H, Nq, Nk): bool (True takes part) or float (added)
+    dropout_p  probability of dropping a weight; leave at 0 outside training
+    scale      default D ** -0.5
+    returns    (B, H, Nq, D)  dtype of q, stored as (B, Nq, H, D); softmax and sums in float32
+
+    Raises ValueError for a wrong shape, dtype or device, Unsupported where a forced backend cannot run.
+    Meaning: fastvit.reference.attention.
+    """
+    _check(q, k, v, attn_mask, dropout_p)
+    q, k, v = _contract.cast(_contract.autocast_dtype(q), q, k, v)  # type: ignore[assignment]
+    return ATTENTION(q, k, v, attn_mask, is_causal, dropout_p, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def attention_packed(qkv: Tensor, num_heads: int, *, dropout_p: float = 0.0, scale: float | None = None) -> Tensor:
+    """Self-attention read in place from a packed projection; its gradient is written packed too.
+
+    qkv      (B, N, 3 * H * D)  ordered q, k, v, then head, then head dim
+    returns  (B, N, H * D)      dtype of qkv
+
+    Otherwise as ``attention``. Meaning: fastvit.reference.attention_packed.
+    """
+    _check_packed(qkv, num_heads, dropout_p)
+    (qkv,) = _contract.cast(_contract.autocast_dtype(qkv), qkv)  # type: ignore[assignment]
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    return ATTENTION_PACKED(qkv, num_heads, dropout_p, head_dim**-0.5 if scale is None else scale)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"{NAME}: q has shape {tuple(q.shape)}, expected (B, H, N, D)")
+    _contract.check_together(NAME, "q", q, k=k, v=v)
+    if k.dim() != 4 or (*k.shape[:2], k.shape[3]) != (*q.shape[:2], q.shape[3]):
+        expected = f"({q.shape[0]}, {q.shape[1]}, Nk, {q.shape[3]})"
+        raise ValueError(f"{NAME}: k has shape {tuple(k.shape)}, expected {expected} like q")
+    _contract.check_shape(NAME, "v", v, tuple(k.shape), "like k")
+    if _contract.autocast_dtype(q) is None:
+        _contract.check_dtype(NAME, "k", k, (q.dtype,), "like q")
+        _contract.check_dtype(NAME, "v", v, (q.dtype,), "like q")
+    _check_tokens_and_dropout(NAME, k.shape[2], "k", k, dropout_p)
+    if attn_mask is not None:
+        _check_mask(attn_mask, q, k)
+
+
+def _check_mask(attn_mask: Tensor, q: Tensor, k: Tensor) -> None:
+    expected = (*q.shape[:3], k.shape[2])
+    padded = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    if len(padded) != 4 or any(have not in (1, want) for have, want in zip(padded, expected, strict=True)):
+        raise ValueError(
+            f"{NAME}: attn_mask has shape {tuple(attn_mask.shape)}, expected one broadcastable to {expected}"
+        )
+    if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+        raise ValueError(f"{NAME}: attn_mask is {attn_mask.dtype}, expected bool or a floating point dtype")
+    if attn_mask.device != q.device:
+        raise ValueError(f"{NAME}: attn_mask is on {attn_mask.device}, expected {q.device} like q")
+
+
+def _check_tokens_and_dropout(op: str, tokens: int, name: str, tensor: Tensor, dropout_p: float) -> None:
+    if tokens == 0:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, expected at least one token")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}, expected a probability in [0, 1)")
+
+
+def _check_packed(qkv: Tensor, num_heads: int, dropout_p: float) -> None:
+    if qkv.dim() != 3:
+        raise ValueError(f"{PACKED}: qkv has shape {tuple(qkv.shape)}, expected (B, N, 3 * H * D)")
+    if num_heads < 1 or qkv.shape[2] == 0 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(
+            f"{PACKED}: qkv has shape {tuple(qkv.shape)}, expected a last dim that 3 * {num_heads} heads divide"
+        )
+    _contract.check_together(PACKED, "qkv", qkv)
+    _check_tokens_and_dropout(PACKED, qkv.shape[1], "qkv", qkv, dropout_p)
+
+
+def _kernels():
+    from ..kernels import attention as kernels
+
+    return kernels
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    """The kernels read vectors along the last dim; every other stride is free."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _tokens_first(q: Tensor) -> Tensor:
+    """An empty (B, H, N, D) stored as (B, N, H, D), so that the heads of a token lie side by side."""
+    batch, heads, tokens, dim = q.shape
+    return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+def _fwd(q, k, v, scale, backend):
+    if q.numel() == 0:
+        return _tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    q, k, v = map(_rows_contiguous, (q, k, v))
+    return _kernels().attention_fwd(q, k, v, scale)
+
+
+def _fwd_fake(q, k, v, scale, backend):
+    return _tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _bwd(dout, q, k, v, out, lse, scale, backend):
+    dq, dk, dv = _tokens_first(q), _tokens_first(k), _tokens_first(v)
+    if q.numel() == 0:
+        return dq, dk.zero_(), dv.zero_()
+    q, k, v, dout = map(_rows_contiguous, (q, k, v, dout))
+    _kernels().attention_bwd(dout, q, k, v, out, lse, scale, dq, dk, dv)
+    return dq, dk, dv
+
+
+def _bwd_fake(dout, q, k, v, out, lse, scale, backend):
+    return _tokens_first(q), _tokens_first(k), _tokens_first(v)
+
+
+def _heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """(B, N, H * D) seen as (B, H, N, D)."""
+    return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _packed_fwd(qkv, num_heads, scale, backend):
+    q, k, v = reference.unpack_qkv(_rows_contiguous(qkv), num_heads)
+    out, lse = _fwd(q, k, v, scale, backend)
+    return out.transpose(1, 2).flatten(2), lse
+
+
+def _packed_fwd_fake(qkv, num_heads, scale, backend):
+    batch, tokens, packed = qkv.shape
+    return qkv.new_empty(batch, tokens, packed // 3), qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
+
+
+def _packed_bwd(dout, qkv, out, lse, num_heads, scale, backend):
+    dqkv = qkv.new_empty(qkv.shape)
+    if qkv.numel() == 0:
+        return dqkv
+    q, k, v = reference.unpack_qkv(_rows_contiguous(qkv), num_heads)
+    dq, dk, dv = reference.unpack_qkv(dqkv, num_heads)
+    dout, out = _heads(_rows_contiguous(dout), num_heads), _heads(out, num_heads)
+    _kernels().attention_bwd(dout, q, k, v, out, lse, scale, dq, dk, dv)
+    return dqkv
+
+
+def _packed_bwd_fake(dout, qkv, out, lse, num_heads, scale, backend):
+    return qkv.new_empty(qkv.shape)
+
+
+_fwd_op = _register.define(
+    f"{NAME}_fwd",
+    "(Tensor q, Tensor k, Tensor v, float scale, str backend) -> (Tensor, Tensor)",
+    _fwd,
+    _fwd_fake,
+)
+_bwd_op = _register.define(
+    f"{NAME}_bwd",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _bwd,
+    _bwd_fake,
+)
+_packed_fwd_op = _register.define(
+    f"{PACKED}_fwd",
+    "(Tensor qkv, int num_heads, float scale, str backend) -> (Tensor, Tensor)",
+    _packed_fwd,
+    _packed_fwd_fake,
+)
+_packed_bwd_op = _register.define(
+    f"{PACKED}_bwd",
+    "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int num_heads, float scale, str backend) -> Tensor",
+    _packed_bwd,
+    _packed_bwd_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, _: Any) -> tuple:
+    if dout is None:
+        return (None,) * 5
+    return *_bwd_op(dout, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None
+
+
+def _packed_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    qkv, ctx.num_heads, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(qkv, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _packed_backward(ctx: Any, dout: Tensor | None, _: Any) -> tuple:
+    if dout is None:
+        return (None,) * 4
+    return _packed_bwd_op(dout, *ctx.saved_tensors, ctx.num_heads, ctx.scale, ctx.backend), None, None, None
+
+
+_register.register_autograd(f"{NAME}_fwd", _setup_context, _backward)
+_register.register_double_backward(
+    f"{NAME}_bwd",
+    reference.attention,
+    inputs=("q", "k", "v", "scale"),
+    arguments=("dout", "q", "k", "v", "out", "lse", "scale", "backend"),
+)
+_register.register_autograd(f"{PACKED}_fwd", _packed_setup_context, _packed_backward)
+_register.register_double_backward(
+    f"{PACKED}_bwd",
+    reference.attention_packed,
+    inputs=("qkv", "num_heads", "scale"),
+    arguments=("dout", "qkv", "out", "lse", "num_heads", "scale", "backend"),
+)
+
+
+def _why_not_triton(q, k, v, attn_mask, is_causal, dropout_p, scale):
+    reasons = _contract.why_not_triton("q", q)
+    if q.shape[-1] not in HEAD_DIMS:
+        reasons.append(f"the head dim is {q.shape[-1]}, triton takes 32 to 128 in steps of 8")
+    if attn_mask is not None:
+        reasons.append("attn_mask is given, triton takes none")
+    if is_causal:
+        reasons.append("is_causal is set, triton attends to every key")
+    if dropout_p > 0.0:
+        reasons.append(f"dropout_p is {dropout_p}, triton drops nothing")
+    return reasons
+
+
+def _why_not_triton_packed(qkv, num_heads, dropout_p, scale):
+    q, k, v = reference.unpack_qkv(qkv, num_heads)
+    return _why_not_triton(q, k, v, None, False, dropout_p, scale)
+
+
+def _run_triton(q, k, v, attn_mask, is_causal, dropout_p, scale):
+    return _fwd_op(q, k, v, scale, "triton")[0]
+
+
+def _run_triton_packed(qkv, num_heads, dropout_p, scale):
+    return _packed_fwd_op(qkv, num_heads, scale, "triton")[0]
+
+
+def _run_torch(q, k, v, attn_mask, is_causal, dropout_p, scale):
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.to(q.dtype)
+    if attn_mask is not None and is_causal:  # SDPA takes one or the other
+        keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        is_bool = attn_mask.dtype == torch.bool
+        attn_mask = attn_mask & keep if is_bool else attn_mask.masked_fill(~keep, float("-inf"))
+        is_causal = False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
+
+
+def _run_torch_packed(qkv, num_heads, dropout_p, scale):
+    q, k, v = reference.unpack_qkv(qkv, num_heads)
+    return _run_torch(q, k, v, None, False, dropout_p, scale).transpose(1, 2).flatten(2)
+
+
+def _run_reference(q, k, v, attn_mask, is_causal, dropout_p, scale):
+    return reference.attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+
+
+def _why_not_reference(q, k, v, attn_mask, is_causal, dropout_p, scale):
+    return [f"dropout_p is {dropout_p}, the reference drops nothing"] if dropout_p > 0.0 else []
+
+
+ATTENTION = Op(
+    NAME,
+    Backend("triton", _run_triton, _why_not_triton, ("cuda",)),
+    Backend("torch", _run_torch),
+    Backend("reference", _run_reference, _why_not_reference),
+)
+ATTENTION_PACKED = Op(
+    PACKED,
+    Backend("triton", _run_triton_packed, _why_not_triton_packed, ("cuda",)),
+    Backend("torch", _run_torch_packed),
+    Backend(
+        "reference",
+        lambda qkv, num_heads, dropout_p, scale: reference.attention_packed(qkv, num_heads, scale=scale),
+        lambda qkv, num_heads, dropout_p, scale: _why_not_reference(None, None, None, None, False, dropout_p, scale),
+    ),
+)
