@@ -1,0 +1,93 @@
+# Every target sets up what it needs, so that each of them works in a fresh clone. Variables worth knowing:
+#   OFFLINE=1   fetch nothing; use python3 and what it has (also chosen when python3 already has a CUDA torch)
+#   MAX_JOBS=n  compiler processes      ARGS=...  passed on by demo, bench, aot and gpu
+#   STAGES=...  a part of `make gpu`: build,test,calibrate,bench
+VENV ?= .venv
+PYTHON := $(shell .ci/python $(VENV))
+IN_VENV := $(filter $(VENV)/%,$(PYTHON))
+PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
+MAX_JOBS ?= $(shell nproc)
+export MAX_JOBS
+export PATH := $(if $(IN_VENV),$(abspath $(VENV))/bin:)$(PATH)
+
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+READY := $(if $(IN_VENV),$(VENV)/.ready)
+BUILT := build/.built-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)' 2>/dev/null || echo none)
+SANITIZED := build/sanitize
+CHECKS := setup lint types unit interpreter sanitize aot wheel-test results-check
+
+.PHONY: help setup demo test lint types unit interpreter sanitize aot wheel wheel-test bench gpu results-check format \
+	clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "setup demo test lint types unit interpreter sanitize aot wheel wheel-test bench gpu results-check format clean"
+	@sed -n '1,/^[A-Z]* ?=/{s/^# //p}' Makefile
+
+setup: $(READY) $(BUILT)
+ifeq ($(IN_VENV),)
+	@.ci/missing $(PYTHON)
+endif
+
+$(VENV)/.ready: requirements-dev.txt pyproject.toml .ci/setup
+	@.ci/setup $(VENV)
+	@touch $@
+
+# In place: an editable install finds it, and so does a plain checkout. Unchanged objects in build/ are kept.
+$(BUILT): setup.py $(SOURCES) | $(READY)
+	@mkdir -p build
+	@$(PYTHON) setup.py -q build_ext --inplace
+	@touch build/.built-$$($(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
+
+demo: setup
+	@$(PYTHON) -m fastvit demo $(ARGS)
+
+test:
+	@MAKEFLAGS= .ci/stages $(CHECKS)
+
+lint: $(READY)
+	@.ci/have $(PYTHON) ruff lint || exit 0; $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+	@.ci/have $(PYTHON) clang-format lint || exit 0; \
+	clang-format --dry-run -Werror $(SOURCES)
+
+format: $(READY)
+	@$(PYTHON) -m ruff check --fix . ; $(PYTHON) -m ruff format . && clang-format -i $(SOURCES)
+
+types: $(READY)
+	@.ci/have $(PYTHON) mypy types || exit 0; $(PYTHON) -m mypy
+
+unit: setup
+	@.ci/have $(PYTHON) pytest unit || exit 0; $(PYTEST) tests
+
+# Triton's interpreter is chosen when a kernel is defined: a process of its own
+interpreter: setup
+	@.ci/have $(PYTHON) pytest,triton interpreter || exit 0; \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) tests/test_*_kernel.py
+
+sanitize: setup
+	@.ci/have $(PYTHON) pytest sanitize || exit 0; .ci/sanitize $(PYTHON) $(SANITIZED)
+
+aot: setup
+	@.ci/have $(PYTHON) triton aot || exit 0; $(PYTHON) benchmarks/aot.py $(ARGS)
+
+wheel: setup
+	@rm -rf dist build/lib* build/bdist*
+	@$(PYTHON) -m pip wheel -qq --no-build-isolation --no-deps -w dist .
+	@ls -l dist
+
+wheel-test: wheel
+	@.ci/wheel-test $(PYTHON) dist/*.whl
+
+bench: setup
+	@$(PYTHON) -m fastvit bench $(ARGS)
+
+# Nothing to download and at most ten minutes; see benchmarks/gpu.py
+gpu: $(READY)
+	@$(PYTHON) benchmarks/gpu.py $(if $(STAGES),--stages $(STAGES)) $(ARGS)
+
+results-check: $(READY)
+	@$(PYTHON) benchmarks/results_check.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks fastvit/*.so
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
