@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -51,3 +51,48 @@ def attention_settings(kernel: str, dtype: Any, dim: int) -> AttentionSettings:
     if dtype.itemsize == 4:
         return AttentionSettings(32, 32, block_d, 4, 1)
     return AttentionSettings(64, 64, block_d, 4, 2)
+
+
+@dataclass(frozen=True)
+class PatchEmbedSettings:
+    """Tiles of one patch embedding GEMM (rows, columns, reduction), and the number of parts of its reduction."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+    def constexprs(self) -> dict[str, int]:
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    def tiles(self, rows: int, cols: int) -> int:
+        return -(-rows // self.block_m) * -(-cols // self.block_n)
+
+
+PATCH_EMBED_LARGE = PatchEmbedSettings(128, 256, 64, num_warps=8, num_stages=4)
+PATCH_EMBED_SMALL = PatchEmbedSettings(64, 64, 64, num_warps=4, num_stages=4)
+PATCH_EMBED_FP32 = PatchEmbedSettings(64, 64, 16, num_warps=4, num_stages=3)  # IEEE products, no tensor cores
+
+
+def patch_embed_settings(
+    dtype: Any, rows: int, cols: int, *, operand_bytes: tuple[int, int], processors: int, shared: int, splits: int = 1
+) -> PatchEmbedSettings:
+    """Settings of a (rows, cols) result whose reduction may be cut into as many as ``splits`` parts.
+
+    operand_bytes   bytes of one value of either operand as it lies in memory
+    shared          bytes of shared memory a program may use: the number of stages fits them
+    """
+    if dtype.itemsize == 4:
+        choice = PATCH_EMBED_FP32
+    elif PATCH_EMBED_LARGE.tiles(rows, cols) * splits >= processors:
+        choice = PATCH_EMBED_LARGE
+    else:
+        choice = PATCH_EMBED_SMALL  # more and smaller tiles, so that small batches fill the device too
+    stage = choice.block_k * (choice.block_m * operand_bytes[0] + choice.block_n * operand_bytes[1])
+    parts = min(splits, max(1, processors // choice.tiles(rows, cols)))
+    return replace(choice, num_stages=max(1, min(choice.num_stages, shared // stage)), splits=parts)
