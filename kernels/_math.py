@@ -22,7 +22,7 @@ def dot(a, b, acc=None, INPUT_PRECISION: tl.constexpr = "ieee"):
 @triton.jit
 def cast(x, dtype: tl.constexpr):
     """float32 ``x`` rounded to nearest even in ``dtype``. The interpreter's cast to bfloat16 truncates, so it rounds first."""
-    if INTERPRETED and dtype == tl.bfloat16:
+    if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
