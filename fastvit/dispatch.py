@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ OPS: dict[str, Op] = {}
 
 _choice: dict[str, str] = {}
 _warned: set[tuple[str, str, str]] = set()
+_record: list[tuple[str, str]] | None = None
 
 
 class Unsupported(RuntimeError):
@@ -56,7 +58,10 @@ class Op:
         OPS[name] = self
 
     def __call__(self, first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.select(first, *args, **kwargs).run(first, *args, **kwargs)
+        backend = self.select(first, *args, **kwargs)
+        if _record is not None:
+            _record.append((self.name, backend.name))
+        return backend.run(first, *args, **kwargs)
 
     def select(self, first: Tensor, *args: Any, **kwargs: Any) -> Backend:
         """The backend that will run this call. Raises ``Unsupported`` when the chosen one cannot."""
@@ -120,6 +125,17 @@ class use_backend:  # noqa: N801 - reads as a verb, like torch.no_grad
     def __exit__(self, *exc: object) -> None:
         _choice.clear()
         _choice.update(self._before)
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[str, str]]]:
+    """Collect (op, backend) of every call inside, in order."""
+    global _record
+    before, _record = _record, []
+    try:
+        yield _record
+    finally:
+        _record = before
 
 
 def _choose_from_environment() -> None:

@@ -69,10 +69,10 @@ def _check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
         row_scale=row_scale,
     )
     check_weight(NAME, "fc1_", fc1_weight, fc1_bias, x, x.shape[-1])
-    check_weight(NAME, "fc2_", fc2_weight, fc2_bias, x, fc1_weight.shape[0])
     _contract.check_shape(
         NAME, "fc2_weight", fc2_weight, (x.shape[-1], fc1_weight.shape[0]), "like x's width and fc1_weight's rows"
     )
+    check_weight(NAME, "fc2_", fc2_weight, fc2_bias, x, fc1_weight.shape[0])
     if _contract.autocast_dtype(x) is None:
         _contract.check_dtype(NAME, "fc2_weight", fc2_weight, (fc1_weight.dtype,), "like fc1_weight")
     if act not in reference.ACTIVATIONS:
