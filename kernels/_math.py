@@ -11,17 +11,17 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 @triton.jit
-def dot(a, b, acc=None, INPUT_PRECISION: tl.constexpr = "ieee"):
-    """a @ b (+ acc), summed in float32. The interpreter's bfloat16 dot is wrong, so it multiplies exact float32 copies."""
+def dot(a, b, acc=None):
+    """a @ b (+ acc), IEEE products summed in float32. The interpreter's bfloat16 dot is wrong: it gets float32 copies."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """float32 ``x`` rounded to nearest even in ``dtype``. The interpreter's cast to bfloat16 truncates, so it rounds first."""
+    """float32 ``x`` rounded to nearest even in ``dtype``; the interpreter's own cast to bfloat16 truncates."""
     if INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
