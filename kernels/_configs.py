@@ -33,24 +33,54 @@ class AotCase:
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """Tiles of one attention kernel: queries by keys by head dim."""
+    """Tiles of one attention kernel. ``keys`` (short forward) or a ``block_n`` of all keys (short backward)."""
 
+    cols: tuple[int, ...]  # the head dim in powers of two, e.g. 80 = 64 + 16
     block_m: int
-    block_n: int
-    block_d: int
-    num_warps: int
-    num_stages: int
+    block_n: int = 0
+    keys: tuple[int, ...] = ()
+    short: bool = False
+    num_warps: int = 4
+    num_stages: int = 2
 
-    def constexprs(self) -> dict[str, int]:
-        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_D": self.block_d}
+    def constexprs(self) -> dict[str, Any]:
+        tiles: dict[str, Any] = {"COLS": self.cols, "BLOCK_M": self.block_m}
+        return {**tiles, "KEYS": self.keys} if self.keys else {**tiles, "BLOCK_N": self.block_n}
 
 
-def attention_settings(kernel: str, dtype: Any, dim: int) -> AttentionSettings:
-    """Settings of ``kernel`` ("fwd", "bwd_dq", "bwd_dkv") for a dtype and head dim."""
-    block_d = 32 if dim <= 32 else 64 if dim <= 64 else 128
+def attention_settings(kernel: str, dtype: Any, dim: int, keys: int) -> AttentionSettings:
+    """Settings of ``kernel`` ("fwd", "bwd", "bwd_dq") for a dtype, head dim and number of keys; "bwd" is short or dK, dV."""
+    cols = power_of_two_parts(dim, 16, 2)
     if dtype.itemsize == 4:
-        return AttentionSettings(32, 32, block_d, 4, 1)
-    return AttentionSettings(64, 64, block_d, 4, 2)
+        return AttentionSettings(cols, 32, 32, num_stages=1)
+    tiles = power_of_two_parts(keys, 16, 3)
+    if kernel == "fwd" and sum(tiles) <= 256:
+        return AttentionSettings(cols, 64, keys=tiles, short=True)
+    block_n = max(32, 1 << (keys - 1).bit_length())
+    if kernel == "bwd" and block_n <= 256 and dim <= 64:
+        return AttentionSettings(cols, 32, block_n, short=True, num_warps=max(4, block_n // 32))
+    return AttentionSettings(cols, 64, 64)
+
+
+def power_of_two_parts(size: int, unit: int, count: int) -> tuple[int, ...]:
+    """Cover ``size`` with at most ``count`` different powers of two, each at least ``unit``: 197 is 128 + 64 + 16."""
+    total = -(-size // unit) * unit
+    while total.bit_count() > count:
+        total += total & -total
+    return tuple(1 << bit for bit in reversed(range(total.bit_length())) if total >> bit & 1)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a rule may ask of a device: its multiprocessors, and the bytes of shared memory one program may use."""
+
+    processors: int
+    shared: int
+
+    @classmethod
+    def of_arch(cls, arch: int) -> Limits:
+        """Of A100 (80), H200 (90), B200 (100)."""
+        return {80: cls(108, 163 * 1024), 90: cls(132, 227 * 1024), 100: cls(148, 227 * 1024)}[arch]
 
 
 @dataclass(frozen=True)
@@ -67,32 +97,42 @@ class PatchEmbedSettings:
     def constexprs(self) -> dict[str, int]:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
     def tiles(self, rows: int, cols: int) -> int:
         return -(-rows // self.block_m) * -(-cols // self.block_n)
+
+
+@dataclass(frozen=True)
+class SumSettings:
+    """Tile of a sum over samples: samples in flight by columns."""
+
+    block_b: int
+    block_n: int
+    num_warps: int
+    num_stages: int = 1
+
+    def constexprs(self) -> dict[str, int]:
+        return {"BLOCK_B": self.block_b, "BLOCK_N": self.block_n}
 
 
 PATCH_EMBED_LARGE = PatchEmbedSettings(128, 256, 64, num_warps=8, num_stages=4)
 PATCH_EMBED_SMALL = PatchEmbedSettings(64, 64, 64, num_warps=4, num_stages=4)
 PATCH_EMBED_FP32 = PatchEmbedSettings(64, 64, 16, num_warps=4, num_stages=3)  # IEEE products, no tensor cores
+PATCH_EMBED_SUM = SumSettings(block_b=32, block_n=256, num_warps=4)
 
 
 def patch_embed_settings(
-    dtype: Any, rows: int, cols: int, *, operand_bytes: tuple[int, int], processors: int, shared: int, splits: int = 1
+    dtype: Any, rows: int, cols: int, operand_bytes: tuple[int, int], device: Limits, splits: int = 1
 ) -> PatchEmbedSettings:
     """Settings of a (rows, cols) result whose reduction may be cut into as many as ``splits`` parts.
 
-    operand_bytes   bytes of one value of either operand as it lies in memory
-    shared          bytes of shared memory a program may use: the number of stages fits them
+    operand_bytes   of one value of either operand as it lies in memory: the stages must fit the shared memory
     """
     if dtype.itemsize == 4:
         choice = PATCH_EMBED_FP32
-    elif PATCH_EMBED_LARGE.tiles(rows, cols) * splits >= processors:
+    elif PATCH_EMBED_LARGE.tiles(rows, cols) * splits >= device.processors:
         choice = PATCH_EMBED_LARGE
     else:
         choice = PATCH_EMBED_SMALL  # more and smaller tiles, so that small batches fill the device too
     stage = choice.block_k * (choice.block_m * operand_bytes[0] + choice.block_n * operand_bytes[1])
-    parts = min(splits, max(1, processors // choice.tiles(rows, cols)))
-    return replace(choice, num_stages=max(1, min(choice.num_stages, shared // stage)), splits=parts)
+    parts = min(splits, max(1, device.processors // choice.tiles(rows, cols)))
+    return replace(choice, num_stages=max(1, min(choice.num_stages, device.shared // stage)), splits=parts)

@@ -1,27 +1,40 @@
 """Multi-head attention, forward and backward, on q, k and v where they lie (strided views of a packed projection).
 
-Meaning: fastvit.reference.attention. Source of the idea: "FlashAttention-2" (Dao, 2023).
+Two forms of each pass. The short form (half precision, few keys: ViT at 224 pixels) gives a program a whole head and
+keeps its keys on the chip: the row maximum is exact, nothing is rescaled, and the backward computes every score once
+for dQ, dK and dV. The streaming form walks over blocks of keys and takes any length and dtype.
+
+Meaning: fastvit.reference.attention. Source of the ideas: "FlashAttention-2" (Dao, 2023).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._configs import attention_settings
+from ._configs import AotCase, AttentionSettings, attention_settings
 from ._math import cast, dot
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+# one binary serves every batch, length and stride: alignment is told by UNIT
+_RUNTIME = ["scale", "H", "Nq", "Nk", "blocks"] + [
+    f"stride_{tensor}{axis}" for tensor, axis in product(("q", "k", "v", "o", "do", "dq", "dk", "dv"), "bhn")
+]
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return ``out`` and ``lse``, the log of each query's sum of exp(scale * q k^T).
 
     q        (B, H, Nq, D)  float16 | bfloat16 | float32; D a multiple of 8 from 32 to 128
-    k, v     (B, H, Nk, D)
+    k, v     (B, H, Nk, D)  dtype of q
     scale    not negative
     out      (B, H, Nq, D)  dtype of q, a view of a contiguous (B, Nq, H, D) tensor
     lse      (B, H, Nq)     float32
@@ -31,16 +44,8 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     batch, heads, nq, dim = q.shape
     out = q.new_empty(batch, nq, heads, dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, nq, dtype=torch.float32)
-    if q.numel() == 0:
-        return out, lse
-    nk = k.shape[2]
-    settings = attention_settings("fwd", q.dtype, dim)
-    strides, unit = _strides(q, k, v, out)
-    grid = (triton.cdiv(nq, settings.block_m) * batch * heads,)
-    _attention_fwd_kernel[grid](
-        q, k, v, out, lse, *strides, scale, heads, nq, nk,
-        D=dim, UNIT=unit, **settings.constexprs(), num_warps=settings.num_warps, num_stages=settings.num_stages,
-    )  # fmt: skip
+    if q.numel():
+        _fwd_launch(q, k, v, out, lse, scale).run()
     return out, lse
 
 
@@ -56,30 +61,37 @@ def attention_bwd(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    """Write the gradients of ``attention_fwd`` into dq, dk and dv, e.g. views of one packed (B, N, 3, H, D) tensor."""
+    """Write the gradients of ``attention_fwd`` into dq, dk and dv, e.g. views of one packed (B, N, 3, H, D) tensor.
+
+    Every sum has one order and one owner, so results are the same from run to run.
+    """
     _check(q, scale)
     for name, grad in (("dq", dq), ("dk", dk), ("dv", dv)):
         if grad.stride(-1) != 1:
             raise ValueError(f"attention: {name} has stride {grad.stride(-1)} in its last dimension, expected 1")
     dout, q, k, v, out = (_rows(t) for t in (dout, q, k, v, out))
-    batch, heads, nq, dim = q.shape
-    if q.numel() == 0:
-        return
-    nk = k.shape[2]
-    delta = torch.empty_like(lse)
-    # dQ goes first: it meets every row of dout and out, and leaves delta = sum(dout * out) for dK and dV
-    settings = attention_settings("bwd_dq", q.dtype, dim)
-    strides, unit = _strides(q, k, v, out, dout, dq)
-    _attention_bwd_dq_kernel[(triton.cdiv(nq, settings.block_m) * batch * heads,)](
-        q, k, v, out, dout, lse, delta, dq, *strides, scale, heads, nq, nk,
-        D=dim, UNIT=unit, **settings.constexprs(), num_warps=settings.num_warps, num_stages=settings.num_stages,
-    )  # fmt: skip
-    settings = attention_settings("bwd_dkv", q.dtype, dim)
-    strides, unit = _strides(q, k, v, dout, dk, dv)
-    _attention_bwd_dkv_kernel[(triton.cdiv(nk, settings.block_n) * batch * heads,)](
-        q, k, v, dout, lse, delta, dk, dv, *strides, scale, heads, nq, nk,
-        D=dim, UNIT=unit, **settings.constexprs(), num_warps=settings.num_warps, num_stages=settings.num_stages,
-    )  # fmt: skip
+    if q.numel():
+        for launch in _bwd_launches(dout, q, k, v, out, lse, scale, dq, dk, dv):
+            launch.run()
+
+
+def aot_cases() -> list[AotCase]:
+    """Every shipped setting on packed inputs: ViT-B/16 at 224 (D = 64, N = 197) first."""
+    cases = []
+    for dtype, (dim, length) in product(
+        (torch.bfloat16, torch.float16, torch.float32),
+        ((64, 197), (64, 50), (64, 65), (64, 257), (64, 577), (32, 197), (40, 197), (72, 729), (80, 257), (88, 257),
+         (96, 197), (104, 257), (128, 197), (128, 1025)),
+    ):  # fmt: skip
+        qkv = torch.empty(2, length, 3, 12, dim, dtype=dtype, device="meta")
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = torch.empty(2, length, 12, dim, dtype=dtype, device="meta").transpose(1, 2)
+        lse = torch.empty(2, 12, length, device="meta")
+        launches = [_fwd_launch(q, k, v, out, lse, 0.125), *_bwd_launches(out, q, k, v, out, lse, 0.125, q, k, v)]
+        names = ("fwd", "bwd") if len(launches) == 2 else ("fwd", "bwd_dq", "bwd_dkv")
+        tag = f"{str(dtype).removeprefix('torch.')}_d{dim}_n{length}"
+        cases += [launch.aot_case(f"attention_{name}_{tag}") for name, launch in zip(names, launches, strict=True)]
+    return cases
 
 
 def _check(q: Tensor, scale: float) -> None:
@@ -94,20 +106,99 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _strides(*tensors: Tensor) -> tuple[list[int], int]:
-    """Strides of batch, head and token, counted in units of 8 elements if all allow it: then rows load in 16 bytes."""
-    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+@dataclass(frozen=True)
+class _Launch:
+    """A kernel, its arguments in order, its constants and its settings."""
+
+    kernel: Any
+    programs: int
+    tensors: tuple[Tensor, ...]
+    scalars: tuple[float, ...]
+    constexprs: dict[str, Any]
+    settings: AttentionSettings
+
+    def run(self) -> None:
+        with torch.cuda.device_of(self.tensors[0]):
+            self.kernel[(self.programs,)](
+                *self.tensors, *self.scalars, **self.constexprs,
+                num_warps=self.settings.num_warps, num_stages=self.settings.num_stages,
+            )  # fmt: skip
+
+    def aot_case(self, name: str) -> AotCase:
+        pointers = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+        types = [pointers[t.dtype] for t in self.tensors]
+        types += ["fp32" if isinstance(value, float) else "i32" for value in self.scalars]
+        types += ["constexpr"] * len(self.constexprs)
+        names = self.kernel.arg_names
+        signature = dict(zip(names, types, strict=True))
+        warps, stages = self.settings.num_warps, self.settings.num_stages
+        return AotCase(
+            name, self.kernel, signature, self.constexprs, warps, stages, divisible=tuple(names[: len(self.tensors)])
+        )
+
+
+def _launch(
+    kernel: Any,
+    settings: AttentionSettings,
+    programs: int,
+    rows: tuple[Tensor, ...],
+    statistics: tuple[Tensor, ...],
+    scalars: tuple[float, ...],
+) -> _Launch:
+    """``rows`` are (B, H, N, D) tensors. Strides count in units of 8 elements if all allow it: 16-byte loads then."""
+    strides = [stride for tensor in rows for stride in tensor.stride()[:3]]
     unit = 1 if any(stride % 8 for stride in strides) else 8
-    return [stride // unit for stride in strides], unit
+    strides = [stride // unit for stride in strides]
+    constexprs = {"D": rows[0].shape[-1], "UNIT": unit, **settings.constexprs()}
+    return _Launch(kernel, programs, rows + statistics, (*strides, *scalars), constexprs, settings)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _fwd_launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> _Launch:
+    batch, heads, nq, dim = q.shape
+    settings = attention_settings("fwd", q.dtype, dim, k.shape[2])
+    tiles = triton.cdiv(nq, settings.block_m)
+    scalars: tuple[float, ...] = (scale, heads, nq, k.shape[2])
+    if not settings.short:
+        return _launch(_attention_fwd_kernel, settings, tiles * batch * heads, (q, k, v, out), (lse,), scalars)
+    # one program takes several query blocks of its head, as many as leave the device full
+    blocks = max(1, min(tiles, tiles * batch * heads // (4 * _processors(q.device))))
+    programs = triton.cdiv(tiles, blocks) * batch * heads
+    return _launch(_attention_short_fwd_kernel, settings, programs, (q, k, v, out), (lse,), (*scalars, blocks))
+
+
+def _bwd_launches(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, dq: Tensor, dk: Tensor,
+    dv: Tensor,
+) -> list[_Launch]:  # fmt: skip
+    batch, heads, nq, dim = q.shape
+    nk = k.shape[2]
+    scalars = (scale, heads, nq, nk)
+    settings = attention_settings("bwd", q.dtype, dim, nk)
+    if settings.short:
+        rows = (q, k, v, out, dout, dq, dk, dv)
+        return [_launch(_attention_short_bwd_kernel, settings, batch * heads, rows, (lse,), scalars)]
+    # dQ goes first: it meets every row of dout and out, and leaves delta = sum(dout * out) for dK and dV
+    delta = torch.empty_like(lse)
+    dq_settings = attention_settings("bwd_dq", q.dtype, dim, nk)
+    dq_programs = triton.cdiv(nq, dq_settings.block_m) * batch * heads
+    dkv_programs = triton.cdiv(nk, settings.block_n) * batch * heads
+    return [
+        _launch(_attention_bwd_dq_kernel, dq_settings, dq_programs, (q, k, v, out, dout, dq), (lse, delta), scalars),
+        _launch(_attention_bwd_dkv_kernel, settings, dkv_programs, (q, k, v, dout, dk, dv), (lse, delta), scalars),
+    ]
 
 
 @triton.jit
-def _split_pid(length, H, BLOCK: tl.constexpr):
-    """(batch, head, first row) of this program; batch and head in int64, as their offsets can pass 2^31."""
-    tiles = tl.cdiv(length, BLOCK)
+def _split_pid(tiles, H):
+    """(batch, head, tile) of this program; batch and head in int64, as their offsets can pass 2^31."""
     pid = tl.program_id(0)
     pid_bh = pid // tiles
-    return (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64), (pid % tiles) * BLOCK
+    return (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64), pid % tiles
 
 
 @triton.jit
@@ -116,136 +207,269 @@ def _head(ptr, b, h, stride_b, stride_h, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _tile(ptr, offs_n, stride_n, D: tl.constexpr, UNIT: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers (rows, BLOCK_D) of a head's rows."""
-    return ptr + (offs_n[:, None] * stride_n * UNIT + tl.arange(0, BLOCK_D)[None, :])
+def _load(ptr, offs_n, stride_n, length, D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr):
+    """Rows of a head in column parts (rows, COLS[i]): a head dim of 80 is 64 + 16. Zero outside the tensor."""
+    parts = ()
+    start: tl.constexpr = 0
+    for i in tl.static_range(len(COLS)):
+        cols = start + tl.arange(0, COLS[i])
+        mask = offs_n[:, None] < length
+        if start + COLS[i] > D:
+            mask = mask & (cols[None, :] < D)
+        parts = parts + (tl.load(ptr + (offs_n[:, None] * stride_n * UNIT + cols[None, :]), mask=mask, other=0.0),)
+        start += COLS[i]
+    return parts
 
 
 @triton.jit
-def _inside(offs_n, length, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Mask (rows, BLOCK_D): real rows and real columns."""
-    mask = offs_n[:, None] < length
-    if D < BLOCK_D:
-        mask = mask & (tl.arange(0, BLOCK_D)[None, :] < D)
-    return mask
+def _store(ptr, offs_n, stride_n, length, values, D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr):
+    """Round and store float32 column parts (rows, COLS[i])."""
+    start: tl.constexpr = 0
+    for i in tl.static_range(len(COLS)):
+        cols = start + tl.arange(0, COLS[i])
+        mask = offs_n[:, None] < length
+        if start + COLS[i] > D:
+            mask = mask & (cols[None, :] < D)
+        ptrs = ptr + (offs_n[:, None] * stride_n * UNIT + cols[None, :])
+        tl.store(ptrs, cast(values[i], ptr.dtype.element_ty), mask=mask)
+        start += COLS[i]
 
 
 @triton.jit
+def _zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
+    parts = ()
+    for i in tl.static_range(len(COLS)):
+        parts = parts + (tl.zeros((ROWS, tl.constexpr(COLS[i])), tl.float32),)
+    return parts
+
+
+@triton.jit
+def _scaled(parts, factor):
+    scaled = ()
+    for i in tl.static_range(len(parts)):
+        scaled = scaled + (parts[i] * factor,)
+    return scaled
+
+
+@triton.jit
+def _inner(a, b):
+    """a b^T, summed over the column parts."""
+    total = dot(a[0], b[0].T)
+    for i in tl.static_range(1, len(a)):
+        total = dot(a[i], b[i].T, total)
+    return total
+
+
+@triton.jit
+def _outer(weights, values, acc):
+    """acc + weights values, part by part; weights are rounded to the dtype of values."""
+    weights = cast(weights, values[0].dtype)
+    parts = ()
+    for i in tl.static_range(len(values)):
+        parts = parts + (dot(weights, values[i], acc[i]),)
+    return parts
+
+
+@triton.jit
+def _row_sum(a, b):
+    """sum(a * b) over the columns, in float32."""
+    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    for i in tl.static_range(1, len(a)):
+        total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
+    return total
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     scale, H, Nq, Nk,
-    D: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries against all keys, block by block, with a running row maximum."""
-    b, h, start_m = _split_pid(Nq, H, BLOCK_M)
-    q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
+    b, h, pid_m = _split_pid(tl.cdiv(Nq, BLOCK_M), H)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = _load(_head(q_ptr, b, h, stride_qb, stride_qh, UNIT), offs_m, stride_qn, Nq, D, UNIT, COLS)
     k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
     v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
-    out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    mask_m = _inside(offs_m, Nq, D, BLOCK_D)
-    q = tl.load(_tile(q_ptr, offs_m, stride_qn, D, UNIT, BLOCK_D), mask=mask_m, other=0.0)
-    scale_log2 = scale * LOG2_E
+    scale_log2 = scale * _LOG2_E
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    acc = _zeros(BLOCK_M, COLS)
     for start_n in range(0, Nk, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        mask_n = _inside(offs_n, Nk, D, BLOCK_D)
-        k = tl.load(_tile(k_ptr, offs_n, stride_kn, D, UNIT, BLOCK_D), mask=mask_n, other=0.0)
-        v = tl.load(_tile(v_ptr, offs_n, stride_vn, D, UNIT, BLOCK_D), mask=mask_n, other=0.0)
-        scores = dot(q, k.T)
+        k = _load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+        v = _load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
         # the last key block is ragged (N = 197): padded keys must not enter the row maximum
-        scores = tl.where(offs_n[None, :] < Nk, scores, float("-inf"))
+        scores = tl.where(offs_n[None, :] < Nk, _inner(q, k), float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         p = tl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
         shrink = tl.exp2((row_max - new_max) * scale_log2)
         row_sum = row_sum * shrink + tl.sum(p, 1)
-        acc = dot(cast(p, v.dtype), v, acc * shrink[:, None])
+        acc = _outer(p, v, _scaled(acc, shrink[:, None]))
         row_max = new_max
-    out = acc / row_sum[:, None]
-    tl.store(_tile(out_ptr, offs_m, stride_on, D, UNIT, BLOCK_D), cast(out, q.dtype), mask=mask_m)
-    lse = row_max * scale + tl.log2(row_sum) * LN_2
+    out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
+    _store(out_ptr, offs_m, stride_on, Nq, _scaled(acc, 1.0 / row_sum[:, None]), D, UNIT, COLS)
+    lse = row_max * scale + tl.log2(row_sum) * _LN_2
     tl.store(lse_ptr + (b * H + h) * Nq + offs_m, lse, mask=offs_m < Nq)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_RUNTIME)
+def _attention_short_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
+    scale, H, Nq, Nk, blocks,
+    D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Several query blocks of one head against all its keys, held in tiles of KEYS rows (197 keys: 128 + 64 + 16)."""
+    b, h, pid_m = _split_pid(tl.cdiv(tl.cdiv(Nq, BLOCK_M), blocks), H)
+    q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
+    k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
+    v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
+    out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
+    k = ()
+    v = ()
+    first: tl.constexpr = 0
+    for j in tl.static_range(len(KEYS)):
+        offs_n = first + tl.arange(0, KEYS[j])
+        k = k + (_load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS),)
+        v = v + (_load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS),)
+        first += KEYS[j]
+    scale_log2 = scale * _LOG2_E
+    begin = pid_m * blocks * BLOCK_M
+    for start_m in range(begin, tl.minimum(begin + blocks * BLOCK_M, Nq), BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = _load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+        scores = ()
+        row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        for j in tl.static_range(len(KEYS)):
+            tile = _inner(q, k[j])
+            if j == len(KEYS) - 1:  # only the last tile is ragged: padded keys must not enter the row maximum
+                tile = tl.where((first - KEYS[j] + tl.arange(0, KEYS[j]))[None, :] < Nk, tile, float("-inf"))
+            row_max = tl.maximum(row_max, tl.max(tile, 1))
+            scores = scores + (tile,)
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
+        acc = _zeros(BLOCK_M, COLS)
+        for j in tl.static_range(len(KEYS)):
+            p = tl.exp2(scores[j] * scale_log2 - (row_max * scale_log2)[:, None])
+            row_sum += tl.sum(p, 1)
+            acc = _outer(p, v[j], acc)
+        _store(out_ptr, offs_m, stride_on, Nq, _scaled(acc, 1.0 / row_sum[:, None]), D, UNIT, COLS)
+        lse = row_max * scale + tl.log2(row_sum) * _LN_2
+        tl.store(lse_ptr + (b * H + h) * Nq + offs_m, lse, mask=offs_m < Nq)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, dq_ptr, lse_ptr, delta_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_dob, stride_doh, stride_don, stride_dqb, stride_dqh, stride_dqn,
     scale, H, Nq, Nk,
-    D: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries: delta = sum(dout * out), then dQ = scale * dS K with dS = P * (dout V^T - delta)."""
-    b, h, start_m = _split_pid(Nq, H, BLOCK_M)
+    b, h, pid_m = _split_pid(tl.cdiv(Nq, BLOCK_M), H)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    statistics = (b * H + h) * Nq + offs_m
+    out = _load(_head(out_ptr, b, h, stride_ob, stride_oh, UNIT), offs_m, stride_on, Nq, D, UNIT, COLS)
+    dout = _load(_head(dout_ptr, b, h, stride_dob, stride_doh, UNIT), offs_m, stride_don, Nq, D, UNIT, COLS)
+    delta = _row_sum(out, dout)
+    tl.store(delta_ptr + statistics, delta, mask=offs_m < Nq)
+    q = _load(_head(q_ptr, b, h, stride_qb, stride_qh, UNIT), offs_m, stride_qn, Nq, D, UNIT, COLS)
     k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
     v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    mask_m = _inside(offs_m, Nq, D, BLOCK_D)
-    offs_bh = (b * H + h) * Nq + offs_m
-    out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
-    out = tl.load(_tile(out_ptr, offs_m, stride_on, D, UNIT, BLOCK_D), mask=mask_m, other=0.0)
-    dout_ptr = _head(dout_ptr, b, h, stride_dob, stride_doh, UNIT)
-    dout = tl.load(_tile(dout_ptr, offs_m, stride_don, D, UNIT, BLOCK_D), mask=mask_m, other=0.0)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    tl.store(delta_ptr + offs_bh, delta, mask=offs_m < Nq)
-    q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
-    q = tl.load(_tile(q_ptr, offs_m, stride_qn, D, UNIT, BLOCK_D), mask=mask_m, other=0.0)
-    scale_log2 = scale * LOG2_E
-    lse_log2 = tl.load(lse_ptr + offs_bh, mask=offs_m < Nq, other=0.0) * LOG2_E
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    scale_log2 = scale * _LOG2_E
+    lse_log2 = tl.load(lse_ptr + statistics, mask=offs_m < Nq, other=0.0) * _LOG2_E
+    dq = _zeros(BLOCK_M, COLS)
     for start_n in range(0, Nk, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        mask_n = _inside(offs_n, Nk, D, BLOCK_D)
-        k = tl.load(_tile(k_ptr, offs_n, stride_kn, D, UNIT, BLOCK_D), mask=mask_n, other=0.0)
-        v = tl.load(_tile(v_ptr, offs_n, stride_vn, D, UNIT, BLOCK_D), mask=mask_n, other=0.0)
-        # a padded key scores 0, far above a very negative lse: without the mask its p overflows
-        scores = tl.where(offs_n[None, :] < Nk, dot(q, k.T), float("-inf"))
+        k = _load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+        v = _load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
+        # a padded key scores 0, perhaps far above a very negative lse: its p would overflow
+        scores = tl.where(offs_n[None, :] < Nk, _inner(q, k), float("-inf"))
         p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
-        ds = p * (dot(dout, v.T) - delta[:, None])
-        acc = dot(cast(ds, k.dtype), k, acc)
+        dq = _outer(p * (_inner(dout, v) - delta[:, None]), k, dq)
     dq_ptr = _head(dq_ptr, b, h, stride_dqb, stride_dqh, UNIT)
-    tl.store(_tile(dq_ptr, offs_m, stride_dqn, D, UNIT, BLOCK_D), cast(acc * scale, q.dtype), mask=mask_m)
+    _store(dq_ptr, offs_m, stride_dqn, Nq, _scaled(dq, scale), D, UNIT, COLS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_RUNTIME)
 def _attention_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_dob, stride_doh, stride_don, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     scale, H, Nq, Nk,
-    D: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys against all queries: dV = P^T dout, dK = scale * dS^T Q. Rows are keys, so P^T needs no transpose."""
-    b, h, start_n = _split_pid(Nk, H, BLOCK_N)
+    """One block of keys: dV = P^T dout, dK = scale * dS^T Q. Scores are (keys, queries), so that P^T needs no turning."""
+    b, h, pid_n = _split_pid(tl.cdiv(Nk, BLOCK_N), H)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = _load(_head(k_ptr, b, h, stride_kb, stride_kh, UNIT), offs_n, stride_kn, Nk, D, UNIT, COLS)
+    v = _load(_head(v_ptr, b, h, stride_vb, stride_vh, UNIT), offs_n, stride_vn, Nk, D, UNIT, COLS)
     q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
     dout_ptr = _head(dout_ptr, b, h, stride_dob, stride_doh, UNIT)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    mask_n = _inside(offs_n, Nk, D, BLOCK_D)
-    k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
-    k = tl.load(_tile(k_ptr, offs_n, stride_kn, D, UNIT, BLOCK_D), mask=mask_n, other=0.0)
-    v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
-    v = tl.load(_tile(v_ptr, offs_n, stride_vn, D, UNIT, BLOCK_D), mask=mask_n, other=0.0)
-    scale_log2 = scale * LOG2_E
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    scale_log2 = scale * _LOG2_E
+    dk = _zeros(BLOCK_N, COLS)
+    dv = _zeros(BLOCK_N, COLS)
     for start_m in range(0, Nq, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        mask_m = _inside(offs_m, Nq, D, BLOCK_D)
-        q = tl.load(_tile(q_ptr, offs_m, stride_qn, D, UNIT, BLOCK_D), mask=mask_m, other=0.0)
-        dout = tl.load(_tile(dout_ptr, offs_m, stride_don, D, UNIT, BLOCK_D), mask=mask_m, other=0.0)
-        offs_bh = (b * H + h) * Nq + offs_m
-        # a padded query has lse = inf, so p = 0
-        lse_log2 = tl.load(lse_ptr + offs_bh, mask=offs_m < Nq, other=float("inf")) * LOG2_E
-        delta = tl.load(delta_ptr + offs_bh, mask=offs_m < Nq, other=0.0)
-        p = tl.exp2(dot(k, q.T) * scale_log2 - lse_log2[None, :])
-        dv = dot(cast(p, dout.dtype), dout, dv)
-        ds = p * (dot(v, dout.T) - delta[None, :])
-        dk = dot(cast(ds, q.dtype), q, dk)
+        q = _load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+        dout = _load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
+        statistics = (b * H + h) * Nq + offs_m
+        # a padded query has lse = inf, hence p = 0
+        lse_log2 = tl.load(lse_ptr + statistics, mask=offs_m < Nq, other=float("inf")) * _LOG2_E
+        delta = tl.load(delta_ptr + statistics, mask=offs_m < Nq, other=0.0)
+        p = tl.exp2(_inner(k, q) * scale_log2 - lse_log2[None, :])
+        dv = _outer(p, dout, dv)
+        dk = _outer(p * (_inner(v, dout) - delta[None, :]), q, dk)
     dk_ptr = _head(dk_ptr, b, h, stride_dkb, stride_dkh, UNIT)
-    tl.store(_tile(dk_ptr, offs_n, stride_dkn, D, UNIT, BLOCK_D), cast(dk * scale, k.dtype), mask=mask_n)
+    _store(dk_ptr, offs_n, stride_dkn, Nk, _scaled(dk, scale), D, UNIT, COLS)
     dv_ptr = _head(dv_ptr, b, h, stride_dvb, stride_dvh, UNIT)
-    tl.store(_tile(dv_ptr, offs_n, stride_dvn, D, UNIT, BLOCK_D), cast(dv, k.dtype), mask=mask_n)
+    _store(dv_ptr, offs_n, stride_dvn, Nk, dv, D, UNIT, COLS)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _attention_short_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, stride_dob, stride_doh, stride_don, stride_dqb, stride_dqh, stride_dqn,
+    stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
+    scale, H, Nq, Nk,
+    D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One head: all its keys (BLOCK_N rows) against its queries, block by block. Each score is computed once."""
+    b, h, _ = _split_pid(1, H)
+    offs_n = tl.arange(0, BLOCK_N)
+    k = _load(_head(k_ptr, b, h, stride_kb, stride_kh, UNIT), offs_n, stride_kn, Nk, D, UNIT, COLS)
+    v = _load(_head(v_ptr, b, h, stride_vb, stride_vh, UNIT), offs_n, stride_vn, Nk, D, UNIT, COLS)
+    q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
+    out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
+    dout_ptr = _head(dout_ptr, b, h, stride_dob, stride_doh, UNIT)
+    dq_ptr = _head(dq_ptr, b, h, stride_dqb, stride_dqh, UNIT)
+    scale_log2 = scale * _LOG2_E
+    dk = _zeros(BLOCK_N, COLS)
+    dv = _zeros(BLOCK_N, COLS)
+    for start_m in range(0, Nq, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = _load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+        out = _load(out_ptr, offs_m, stride_on, Nq, D, UNIT, COLS)
+        dout = _load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
+        lse_ptrs = lse_ptr + (b * H + h) * Nq + offs_m
+        # a padded query has lse = inf, hence p = 0; a padded key scores 0, perhaps far above lse: its p would overflow
+        lse_log2 = tl.load(lse_ptrs, mask=offs_m < Nq, other=float("inf")) * _LOG2_E
+        scores = tl.where(offs_n[:, None] < Nk, _inner(k, q), float("-inf"))
+        p = tl.exp2(scores * scale_log2 - lse_log2[None, :])
+        dv = _outer(p, dout, dv)
+        ds = cast(p * (_inner(v, dout) - _row_sum(out, dout)[None, :]), q[0].dtype)
+        dk = _outer(ds, q, dk)
+        dq = ()
+        for i in tl.static_range(len(COLS)):
+            # dQ^T (COLS[i], queries) = K^T dS^T: ds needs no turning, and COLS[i] = 64 rows fill a warpgroup
+            dq = dq + (dot(k[i].T, ds).T * scale,)
+        _store(dq_ptr, offs_m, stride_dqn, Nq, dq, D, UNIT, COLS)
+    dk_ptr = _head(dk_ptr, b, h, stride_dkb, stride_dkh, UNIT)
+    _store(dk_ptr, offs_n, stride_dkn, Nk, _scaled(dk, scale), D, UNIT, COLS)
+    dv_ptr = _head(dv_ptr, b, h, stride_dvb, stride_dvh, UNIT)
+    _store(dv_ptr, offs_n, stride_dvn, Nk, dv, D, UNIT, COLS)
