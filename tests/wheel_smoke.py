@@ -27,10 +27,6 @@ def check_kernels_are_packaged() -> None:
     assert {"attention.py", "patch_embed.py"} <= {path.name for path in folder.iterdir()}
 
 
-def check_typed() -> None:
-    assert (Path(fastvit.__file__).parent / "py.typed").exists()
-
-
 def check_op(name: str, backend: str) -> None:
     with fastvit.use_backend(backend):
         inputs = make_inputs(name, VIT_SHAPES["tiny"], batch=1, dtype=torch.float32)
@@ -38,7 +34,7 @@ def check_op(name: str, backend: str) -> None:
 
 
 def main() -> int:
-    checks = {check.__name__: check for check in (check_location, check_kernels_are_packaged, check_typed)}
+    checks = {check.__name__: check for check in (check_location, check_kernels_are_packaged)}
     for name, op in dispatch.OPS.items():
         for backend in {"cpp", "torch"} & set(op.backends):
             checks[f"{name}[{backend}]"] = functools.partial(check_op, name, backend)
