@@ -101,7 +101,8 @@ def cuda_extension() -> Extension | None:
     if not find_nvcc():
         missing.append("no nvcc found (CUDA_HOME, PATH)")
     if not missing:
-        return Extension(CUDA_LIBRARY, sources("csrc/cuda", ".cu") + sources("csrc/cuda", ".cpp"), depends=headers())
+        # The .cu files are not listed as sources: torch would ask for a CUDA build of itself.
+        return Extension(CUDA_LIBRARY, sources("csrc/cuda", ".cpp"), depends=headers() + sources("csrc/cuda", ".cu"))
     if flag("FASTVIT_FORCE_CUDA"):
         raise SystemExit(f"FASTVIT_FORCE_CUDA is set, but {'; '.join(missing)}")
     say(f"skipping the CUDA part: {'; '.join(missing)}. LayerNorm and MLP on a GPU run through PyTorch")
@@ -112,7 +113,7 @@ def ninja_escape(text: str) -> str:
     return text.replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
 
 
-def cuda_ninja_file(files: list[str], build_dir: Path, output: Path) -> str:
+def cuda_ninja_file(build_dir: Path, output: Path) -> str:
     """One nvcc or C++ rule a source, and one link. Needs neither a GPU nor a CUDA build of torch."""
     import torch
     from torch.utils.cpp_extension import include_paths, library_paths
@@ -123,7 +124,7 @@ def cuda_ninja_file(files: list[str], build_dir: Path, output: Path) -> str:
         dry_run = subprocess.run([nvcc, "--dryrun", "-E", "x.cu"], capture_output=True, text=True)
         cuda_home = Path(re.search(r"^#\$ TOP=(.*)$", dry_run.stdout + dry_run.stderr, re.MULTILINE)[1].strip())
     arches = arch_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHES)
-    nvcc_flags = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={cxx}", *arches]
+    nvcc_flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={cxx}", *arches]
     if os.environ.get("NVCC_THREADS"):
         nvcc_flags.append(f"--threads={os.environ['NVCC_THREADS']}")
     cxx_flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA"]
@@ -139,15 +140,18 @@ def cuda_ninja_file(files: list[str], build_dir: Path, output: Path) -> str:
         f"link_flags = {' '.join(map(ninja_escape, link_flags))}",
         "rule cu",
         f"  command = {nvcc} -MD -MF $out.d $nvcc_flags -c $in -o $out",
+        "  description = $in",
         "  depfile = $out.d\n  deps = gcc",
         "rule cpp",
         f"  command = {cxx} -MD -MF $out.d $cxx_flags -c $in -o $out",
+        "  description = $in",
         "  depfile = $out.d\n  deps = gcc",
         "rule link",
         f"  command = {nvcc} $in $link_flags -o $out",
+        "  description = $out",
     ]
     objects = []
-    for source in files:
+    for source in sources("csrc/cuda", ".cu") + sources("csrc/cuda", ".cpp"):
         path = ROOT / source
         objects.append(ninja_escape(str(build_dir / (path.name + ".o"))))
         lines.append(f"build {objects[-1]}: {path.suffix[1:]} {ninja_escape(str(path))}")
@@ -172,7 +176,7 @@ def build_ext_command() -> type:
             output = Path(self.get_ext_fullpath(ext.name)).resolve()
             build_dir.mkdir(parents=True, exist_ok=True)
             output.parent.mkdir(parents=True, exist_ok=True)
-            (build_dir / "build.ninja").write_text(cuda_ninja_file(ext.sources, build_dir, output))
+            (build_dir / "build.ninja").write_text(cuda_ninja_file(build_dir, output))
             jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
             ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
             subprocess.run([ninja, *jobs, *["-v"] * bool(self.verbose > 1)], cwd=build_dir, check=True)

@@ -1,0 +1,219 @@
+// What the kernels share: loads and stores of one or eight elements as floats, block sums, dtype switches.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "layernorm_mlp.h"
+
+namespace fastvit {
+
+constexpr int kWarp = 32;
+constexpr int kVec = 8;  // elements a thread handles at once: 16 bytes of a 16-bit dtype, 32 of float32
+
+template <typename T>
+constexpr DType dtype_of();
+template <>
+constexpr DType dtype_of<float>() { return DType::kFloat32; }
+template <>
+constexpr DType dtype_of<__half>() { return DType::kFloat16; }
+template <>
+constexpr DType dtype_of<__nv_bfloat16>() { return DType::kBFloat16; }
+
+__device__ inline float to_float(float v) { return v; }
+__device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T>
+__device__ inline T from_float(float v);
+template <>
+__device__ inline float from_float(float v) { return v; }
+template <>
+__device__ inline __half from_float(float v) { return __float2half_rn(v); }
+template <>
+__device__ inline __nv_bfloat16 from_float(float v) { return __float2bfloat16_rn(v); }
+
+// N elements as they lie in memory, in 32-bit words: half the registers of floats while several rows are in flight.
+template <typename T, int N>
+struct Packed {
+  static constexpr int kWords = N * sizeof(T) / 4;
+  uint32_t words[kWords];
+};
+template <typename T>
+struct Packed<T, 1> {
+  T value;
+};
+
+template <int N, typename T>
+__device__ inline Packed<T, N> load_packed(const T* p) {
+  Packed<T, N> out;
+  if constexpr (N == 1) {
+    out.value = *p;
+  } else {
+#pragma unroll
+    for (int i = 0; i < out.kWords / 4; ++i) {
+      const uint4 v = reinterpret_cast<const uint4*>(p)[i];
+      out.words[4 * i] = v.x, out.words[4 * i + 1] = v.y, out.words[4 * i + 2] = v.z, out.words[4 * i + 3] = v.w;
+    }
+  }
+  return out;
+}
+
+template <typename T, int N>
+__device__ inline void unpack(const Packed<T, N>& in, float (&v)[N]) {
+  if constexpr (N == 1) {
+    v[0] = to_float(in.value);
+  } else if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = __uint_as_float(in.words[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // the upper half of a float
+        v[2 * i] = __uint_as_float(in.words[i] << 16);
+        v[2 * i + 1] = __uint_as_float(in.words[i] & 0xffff0000u);
+      } else {
+        const float2 pair = __half22float2(reinterpret_cast<const __half2&>(in.words[i]));
+        v[2 * i] = pair.x, v[2 * i + 1] = pair.y;
+      }
+    }
+  }
+}
+
+template <int N, typename T>
+__device__ inline void load(const T* p, float (&v)[N]) {
+  unpack(load_packed<N>(p), v);
+}
+
+template <int N, typename T>
+__device__ inline void store(T* p, const float (&v)[N]) {
+  if constexpr (N == 1) {
+    *p = from_float<T>(v[0]);
+  } else {
+    uint32_t words[N * sizeof(T) / 4];
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) words[i] = __float_as_uint(v[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) {
+        if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+          reinterpret_cast<__nv_bfloat162&>(words[i]) = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
+        } else {
+          reinterpret_cast<__half2&>(words[i]) = __floats2half2_rn(v[2 * i], v[2 * i + 1]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < int(sizeof(words)) / 16; ++i) {
+      reinterpret_cast<uint4*>(p)[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+    }
+  }
+}
+
+// A parameter vector is float32 or T; the branch is the same for the whole grid. Absent: `otherwise`.
+template <typename T, int N>
+__device__ inline void load_param(const Vector& p, int64_t index, float otherwise, float (&v)[N]) {
+  if (p.data == nullptr) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = otherwise;
+  } else if (p.dtype == DType::kFloat32) {
+    load(static_cast<const float*>(p.data) + index, v);
+  } else {
+    load(static_cast<const T*>(p.data) + index, v);
+  }
+}
+
+template <typename T>
+__device__ inline float param(const Vector& p, int64_t index, float otherwise) {
+  float v[1];
+  load_param<T>(p, index, otherwise, v);
+  return v[0];
+}
+
+__device__ inline void store_param(const Vector& p, int64_t index, float v) {
+  switch (p.dtype) {
+    case DType::kFloat32: static_cast<float*>(p.data)[index] = v; break;
+    case DType::kFloat16: static_cast<__half*>(p.data)[index] = __float2half_rn(v); break;
+    case DType::kBFloat16: static_cast<__nv_bfloat16*>(p.data)[index] = __float2bfloat16_rn(v); break;
+  }
+}
+
+template <typename T>
+__device__ inline T* row_of(const Matrix& m, int64_t row) {
+  return static_cast<T*>(m.data) + row * m.stride;
+}
+
+// Every thread gets the block's sum of each of the R values, added in a fixed order.
+// `shared` holds R * (threads / 32) floats; calls in a row alternate between two of them, one barrier each.
+template <int R>
+__device__ inline void block_sum(float (&v)[R], float* shared) {
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+#pragma unroll
+    for (int lane = kWarp / 2; lane > 0; lane /= 2) v[i] += __shfl_xor_sync(0xffffffffu, v[i], lane);
+  }
+  const int warps = blockDim.x / kWarp;
+  if (warps == 1) return;
+  if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) shared[threadIdx.x / kWarp * R + i] = v[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < R; ++i) v[i] = shared[i];
+  for (int warp = 1; warp < warps; ++warp) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) v[i] += shared[warp * R + i];
+  }
+}
+
+inline bool aligned(const Matrix& m) {
+  const int64_t bytes = m.stride * (m.dtype == DType::kFloat32 ? 4 : 2);
+  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && bytes % 16 == 0;
+}
+
+inline bool aligned(const Vector& v) { return reinterpret_cast<uintptr_t>(v.data) % 16 == 0; }
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count > 0 ? count : 1;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// f(Type<T>) for the one dtype.
+template <typename F>
+cudaError_t with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(Type<float>{});
+    case DType::kFloat16: return f(Type<__half>{});
+    case DType::kBFloat16: return f(Type<__nv_bfloat16>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+// f(Type<Wide>, Type<T>): `wide` is `narrow`, or float32 beside a 16-bit `narrow` (a residual stream under autocast).
+template <typename F>
+cudaError_t with_types(DType wide, DType narrow, F&& f) {
+  return with_type(narrow, [&](auto type) -> cudaError_t {
+    if (wide == narrow) return f(type, type);
+    if constexpr (!std::is_same_v<typename decltype(type)::type, float>) {
+      if (wide == DType::kFloat32) return f(Type<float>{}, type);
+    }
+    return cudaErrorInvalidValue;
+  });
+}
+
+}  // namespace fastvit
