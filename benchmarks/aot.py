@@ -121,9 +121,10 @@ def main() -> int:
     for source in (triton_rows(archs, args.only, args.workers), cuda_rows(archs, args.only)):
         for row in source:
             rows.append(row)
-            numbers = [row.get(key, "-") for key in ("registers", "shared", "spills")]
+            found = [row.get(key, "-") for key in ("registers", "shared", "spills")]
             print(
-                f"{row['kernel']:<58} {row['arch']:>4} {numbers[0]:>5} {numbers[1]:>7} {numbers[2]:>6} {row.get('matrix') or '-':<15}"
+                f"{row['kernel']:<58} {row['arch']:>4} {found[0]:>5} {found[1]:>7} {found[2]:>6} "
+                + (row.get("matrix") or "-").ljust(15)
                 + "".join(f"  FAILED: {problem}" for problem in row["problems"]),
                 flush=True,
             )

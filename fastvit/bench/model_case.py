@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dispatch import recording
+from ..model import create_model
 from ..testing import Shape
 from . import stock
 from .accuracy import check, sample
@@ -27,7 +28,7 @@ class ModelCase:
     def __init__(self, name: str, batch: int, dtype: torch.dtype, device: torch.device, mode: str):
         self.name, self.dtype, self.device, self.mode = name, dtype, device, mode
         generator = torch.Generator().manual_seed(0)
-        model = _create(name)
+        model = create_model(name)
         self.shape, self.depth, self.num_classes = _sizes(model)
         self.weights = {key: _trained_scale(key, value, generator) for key, value in model.state_dict().items()}
         self.cost = Cost(model_flops(self.shape, self.depth, batch, mode, self.num_classes), 0.0)
@@ -57,7 +58,7 @@ class ModelCase:
         return Candidate(name, step, context=context, notes=notes)
 
     def _model(self, provider: Provider) -> nn.Module:
-        model = _create(self.name) if provider.ours else self._stock()
+        model = create_model(self.name) if provider.ours else self._stock()
         model.load_state_dict(self.weights)
         model = model.to(self.device, torch.float32 if provider.autocast else self.dtype)
         return model.train(self.mode == "train").requires_grad_(self.mode == "train")
@@ -119,12 +120,6 @@ class ModelCase:
         gradients = torch.autograd.grad(loss, list(parameters.values()))
         flat = torch.cat([gradient.flatten().to(dtype) for gradient in gradients])
         return sample({"logits": logits.detach().to(dtype), "gradients": flat})
-
-
-def _create(name: str) -> nn.Module:
-    import fastvit
-
-    return fastvit.create_model(name)
 
 
 def _sizes(model: Any) -> tuple[Shape, int, int]:
