@@ -71,11 +71,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def fetch(package: Package, *, offline: bool = False, progress: Progress | None = None) -> Path:
-    """The folder that holds ``package``'s files, every checksum right; downloads it when it is not there yet."""
+    """The folder that holds ``package``'s files, every checksum right; downloads them when they are nowhere yet."""
     folder = cache_dir() / f"{package.name}-{package.version}"
     bad = _bad_files(folder, package)
     if not bad:
         return folder
+    if installed := _installed(package):
+        return installed
     if offline:
         raise DataError(
             f"{package.what}: {bad[0]} {_why_bad(folder, bad[0])} in {folder}, and --offline forbids fetching it. "
@@ -112,6 +114,13 @@ def _bad_files(folder: Path, package: Package) -> list[str]:
     """Names of files that are missing or have changed."""
     names = [(Path(path).name, digest) for path, digest in package.files.items()]
     return [name for name, digest in names if not (folder / name).is_file() or sha256(folder / name) != digest]
+
+
+def _installed(package: Package) -> Path | None:
+    """The folder of the files where the package itself is installed."""
+    inside = Path(next(iter(package.files))).parent
+    folders = (Path(entry) / inside for entry in sys.path)
+    return next((folder for folder in folders if folder.is_dir() and not _bad_files(folder, package)), None)
 
 
 def _why_bad(folder: Path, name: str) -> str:

@@ -7,7 +7,7 @@ ViT-S/14, 19 photos and CIFAR-10. ``offline=True`` takes what is in the cache or
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,11 +67,17 @@ def trained_vit(*, offline: bool = False, progress: Progress | None = None) -> P
 
     source = fetch(TRAINED_VIT, offline=offline, progress=progress) / "vit_s_focus.onnx"
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(target) as part:
             convert_onnx(source, part)
     except ImportError as error:
         raise DataError(
             f"{TRAINED_VIT.what}: converting it needs the package {error.name}: pip install 'fastvit[convert]'"
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"{TRAINED_VIT.what}: cannot write {target}: {error.strerror or error}. "
+            "Free some space, or set FASTVIT_CACHE to a folder that can be written"
         ) from error
     return target
 
@@ -135,11 +141,15 @@ def preprocess(images: Iterable[PILImage], size: int, crop_pct: float = 1.0) -> 
     return torch.stack([_to_tensor(_square(image, size, crop_pct)) for image in images])
 
 
-def normalize(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 pixels to ``dtype`` with ImageNet's mean and standard deviation."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
-    return ((images.float() / 255 - mean) / std).to(dtype)
+def normalize(
+    images: Tensor,
+    dtype: torch.dtype = torch.float32,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Tensor:
+    """uint8 pixels to ``dtype``, each channel less its mean and over its standard deviation."""
+    centre, spread = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
+    return ((images.float() / 255 - centre) / spread).to(dtype)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
