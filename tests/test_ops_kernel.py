@@ -88,7 +88,9 @@ def test_an_image_does_not_depend_on_its_batch(op):
     inputs = inputs_of(op, 3)
     batched = ("images", "q", "k", "v", "qkv")
     alone = {name: v[1:2] if name in batched else v for name, v in inputs.items()}
-    assert torch.equal(getattr(ops, op)(**inputs)[1:2], getattr(ops, op)(**alone))
+    ours, alone = getattr(ops, op)(**inputs)[1:2], getattr(ops, op)(**alone)
+    # The interpreter multiplies with NumPy, whose sums depend on a row's place in the tile.
+    torch.testing.assert_close(ours, alone, rtol=0, atol=0 if DEVICE == "cuda" else 1e-6)
 
 
 @pytest.mark.parametrize("op", TRITON)
@@ -134,6 +136,7 @@ def test_double_backward_is_the_reference(op):
         ({"attn_mask": torch.ones(5, 5, dtype=torch.bool)}, "attn_mask is given, triton takes none"),
         ({"is_causal": True}, "is_causal is set, triton attends to every key"),
         ({"dropout_p": 0.1}, "dropout_p is 0.1, triton drops nothing"),
+        ({"scale": -1.0}, "scale is -1.0, triton takes one that is not negative"),
     ],
 )
 def test_attention_refusals(options, reason):

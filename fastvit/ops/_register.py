@@ -42,9 +42,8 @@ def register_double_backward(name: str, meaning: Callable, inputs: Sequence[str]
     def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple:
         values = ctx.values | dict(zip(ctx.tensor_names, ctx.saved_tensors, strict=True))
         with torch.enable_grad():
-            # A detached copy of what needs no gradient, so that every input can be differentiated.
-            known = {n: _leaf(values[n]) for n in inputs}
-            grad_output = _leaf(values[arguments[0]])
+            known = {n: _alias(values[n]) for n in inputs}
+            grad_output = _alias(values[arguments[0]])
             differentiable = [n for n in inputs if isinstance(known[n], Tensor)]
             output = meaning(**known)
             grads = torch.autograd.grad(
@@ -72,7 +71,8 @@ def register_double_backward(name: str, meaning: Callable, inputs: Sequence[str]
     register_autograd(name, setup_context, backward)
 
 
-def _leaf(value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.requires_grad or not value.is_floating_point():
+def _alias(value: Any) -> Any:
+    """A tensor of its own in the graph: ``grad_output`` may itself depend on the inputs, and must count once."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
-    return value.detach().requires_grad_()
+    return value.view_as(value) if value.requires_grad else value.detach().requires_grad_()

@@ -253,6 +253,8 @@ def _why_not_triton(q, k, v, attn_mask, is_causal, dropout_p, scale):
         reasons.append("is_causal is set, triton attends to every key")
     if dropout_p > 0.0:
         reasons.append(f"dropout_p is {dropout_p}, triton drops nothing")
+    if not scale >= 0:
+        reasons.append(f"scale is {scale}, triton takes one that is not negative")
     return reasons
 
 
