@@ -56,9 +56,9 @@ def attention_settings(kernel: str, dtype: Any, dim: int, keys: int) -> Attentio
     tiles = power_of_two_parts(keys, 16, 3)
     if kernel == "fwd" and sum(tiles) <= 256:
         return AttentionSettings(cols, 64, keys=tiles, short=True)
-    block_n = max(32, 1 << (keys - 1).bit_length())
-    if kernel == "bwd" and block_n <= 256 and dim <= 64:
-        return AttentionSettings(cols, 32, block_n, short=True, num_warps=max(4, block_n // 32))
+    if kernel == "bwd" and keys <= 256 and dim <= 64:
+        tiles = {1: (64,), 2: (128,), 3: (128, 64), 4: (128, 128)}[-(-keys // 64)]
+        return AttentionSettings(cols, 32, keys=tiles, short=True, num_warps=8)
     return AttentionSettings(cols, 64, 64)
 
 
@@ -114,23 +114,27 @@ class SumSettings:
         return {"BLOCK_B": self.block_b, "BLOCK_N": self.block_n}
 
 
-PATCH_EMBED_LARGE = PatchEmbedSettings(128, 256, 64, num_warps=8, num_stages=4)
+PATCH_EMBED_LARGE = {
+    "fwd": PatchEmbedSettings(128, 256, 64, num_warps=8, num_stages=4),
+    "dimages": PatchEmbedSettings(128, 128, 64, num_warps=8, num_stages=4),
+    "dweight": PatchEmbedSettings(256, 128, 64, num_warps=8, num_stages=4),  # narrow on the side that is gathered
+}
 PATCH_EMBED_SMALL = PatchEmbedSettings(64, 64, 64, num_warps=4, num_stages=4)
 PATCH_EMBED_FP32 = PatchEmbedSettings(64, 64, 16, num_warps=4, num_stages=3)  # IEEE products, no tensor cores
 PATCH_EMBED_SUM = SumSettings(block_b=32, block_n=256, num_warps=4)
 
 
 def patch_embed_settings(
-    dtype: Any, rows: int, cols: int, operand_bytes: tuple[int, int], device: Limits, splits: int = 1
+    kernel: str, dtype: Any, rows: int, cols: int, operand_bytes: tuple[int, int], device: Limits, splits: int = 1
 ) -> PatchEmbedSettings:
-    """Settings of a (rows, cols) result whose reduction may be cut into as many as ``splits`` parts.
+    """Settings of ``kernel`` for a (rows, cols) result whose reduction may be cut into as many as ``splits`` parts.
 
     operand_bytes   of one value of either operand as it lies in memory: the stages must fit the shared memory
     """
     if dtype.itemsize == 4:
         choice = PATCH_EMBED_FP32
-    elif PATCH_EMBED_LARGE.tiles(rows, cols) * splits >= device.processors:
-        choice = PATCH_EMBED_LARGE
+    elif PATCH_EMBED_LARGE[kernel].tiles(rows, cols) * splits >= device.processors:
+        choice = PATCH_EMBED_LARGE[kernel]
     else:
         choice = PATCH_EMBED_SMALL  # more and smaller tiles, so that small batches fill the device too
     stage = choice.block_k * (choice.block_m * operand_bytes[0] + choice.block_n * operand_bytes[1])

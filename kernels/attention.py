@@ -206,33 +206,45 @@ def _head(ptr, b, h, stride_b, stride_h, UNIT: tl.constexpr):
     return ptr + (b * stride_b + h * stride_h) * UNIT
 
 
+@triton.constexpr_function
+def _before(sizes, i):
+    """Where part ``i`` begins."""
+    return sum(sizes[:i])
+
+
 @triton.jit
 def _load(ptr, offs_n, stride_n, length, D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr):
     """Rows of a head in column parts (rows, COLS[i]): a head dim of 80 is 64 + 16. Zero outside the tensor."""
     parts = ()
-    start: tl.constexpr = 0
     for i in tl.static_range(len(COLS)):
-        cols = start + tl.arange(0, COLS[i])
+        cols = _before(COLS, i) + tl.arange(0, COLS[i])
         mask = offs_n[:, None] < length
-        if start + COLS[i] > D:
+        if _before(COLS, i + 1) > D:
             mask = mask & (cols[None, :] < D)
         parts = parts + (tl.load(ptr + (offs_n[:, None] * stride_n * UNIT + cols[None, :]), mask=mask, other=0.0),)
-        start += COLS[i]
     return parts
+
+
+@triton.jit
+def _load_tiles(ptr, stride_n, length, D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
+    """All rows of a head in tiles of ROWS[j] rows, each in column parts."""
+    tiles = ()
+    for j in tl.static_range(len(ROWS)):
+        offs_n = _before(ROWS, j) + tl.arange(0, ROWS[j])
+        tiles = tiles + (_load(ptr, offs_n, stride_n, length, D, UNIT, COLS),)
+    return tiles
 
 
 @triton.jit
 def _store(ptr, offs_n, stride_n, length, values, D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr):
     """Round and store float32 column parts (rows, COLS[i])."""
-    start: tl.constexpr = 0
     for i in tl.static_range(len(COLS)):
-        cols = start + tl.arange(0, COLS[i])
+        cols = _before(COLS, i) + tl.arange(0, COLS[i])
         mask = offs_n[:, None] < length
-        if start + COLS[i] > D:
+        if _before(COLS, i + 1) > D:
             mask = mask & (cols[None, :] < D)
         ptrs = ptr + (offs_n[:, None] * stride_n * UNIT + cols[None, :])
         tl.store(ptrs, cast(values[i], ptr.dtype.element_ty), mask=mask)
-        start += COLS[i]
 
 
 @triton.jit
@@ -240,6 +252,14 @@ def _zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
     parts = ()
     for i in tl.static_range(len(COLS)):
         parts = parts + (tl.zeros((ROWS, tl.constexpr(COLS[i])), tl.float32),)
+    return parts
+
+
+@triton.jit
+def _zeros_t(ROWS: tl.constexpr, COLS: tl.constexpr):
+    parts = ()
+    for i in tl.static_range(len(ROWS)):
+        parts = parts + (tl.zeros((tl.constexpr(ROWS[i]), COLS), tl.float32),)
     return parts
 
 
@@ -267,6 +287,15 @@ def _outer(weights, values, acc):
     parts = ()
     for i in tl.static_range(len(values)):
         parts = parts + (dot(weights, values[i], acc[i]),)
+    return parts
+
+
+@triton.jit
+def _outer_t(values, weights, acc):
+    """acc + values^T weights, part by part: the transpose of _outer without turning weights (queries in columns)."""
+    parts = ()
+    for i in tl.static_range(len(values)):
+        parts = parts + (dot(values[i].T, weights, acc[i]),)
     return parts
 
 
@@ -329,14 +358,8 @@ def _attention_short_fwd_kernel(
     k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
     v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
     out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
-    k = ()
-    v = ()
-    first: tl.constexpr = 0
-    for j in tl.static_range(len(KEYS)):
-        offs_n = first + tl.arange(0, KEYS[j])
-        k = k + (_load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS),)
-        v = v + (_load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS),)
-        first += KEYS[j]
+    k = _load_tiles(k_ptr, stride_kn, Nk, D, UNIT, COLS, KEYS)
+    v = _load_tiles(v_ptr, stride_vn, Nk, D, UNIT, COLS, KEYS)
     scale_log2 = scale * _LOG2_E
     begin = pid_m * blocks * BLOCK_M
     for start_m in range(begin, tl.minimum(begin + blocks * BLOCK_M, Nq), BLOCK_M):
@@ -347,7 +370,7 @@ def _attention_short_fwd_kernel(
         for j in tl.static_range(len(KEYS)):
             tile = _inner(q, k[j])
             if j == len(KEYS) - 1:  # only the last tile is ragged: padded keys must not enter the row maximum
-                tile = tl.where((first - KEYS[j] + tl.arange(0, KEYS[j]))[None, :] < Nk, tile, float("-inf"))
+                tile = tl.where((_before(KEYS, j) + tl.arange(0, KEYS[j]))[None, :] < Nk, tile, float("-inf"))
             row_max = tl.maximum(row_max, tl.max(tile, 1))
             scores = scores + (tile,)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -437,39 +460,52 @@ def _attention_short_bwd_kernel(
     stride_ob, stride_oh, stride_on, stride_dob, stride_doh, stride_don, stride_dqb, stride_dqh, stride_dqn,
     stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     scale, H, Nq, Nk,
-    D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One head: all its keys (BLOCK_N rows) against its queries, block by block. Each score is computed once."""
+    """One head: its queries, block by block, against all its keys in tiles of KEYS rows. Each score is computed once."""
     b, h, _ = _split_pid(1, H)
-    offs_n = tl.arange(0, BLOCK_N)
-    k = _load(_head(k_ptr, b, h, stride_kb, stride_kh, UNIT), offs_n, stride_kn, Nk, D, UNIT, COLS)
-    v = _load(_head(v_ptr, b, h, stride_vb, stride_vh, UNIT), offs_n, stride_vn, Nk, D, UNIT, COLS)
+    k = _load_tiles(_head(k_ptr, b, h, stride_kb, stride_kh, UNIT), stride_kn, Nk, D, UNIT, COLS, KEYS)
+    v = _load_tiles(_head(v_ptr, b, h, stride_vb, stride_vh, UNIT), stride_vn, Nk, D, UNIT, COLS, KEYS)
     q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
     out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
     dout_ptr = _head(dout_ptr, b, h, stride_dob, stride_doh, UNIT)
     dq_ptr = _head(dq_ptr, b, h, stride_dqb, stride_dqh, UNIT)
     scale_log2 = scale * _LOG2_E
-    dk = _zeros(BLOCK_N, COLS)
-    dv = _zeros(BLOCK_N, COLS)
+    dk = ()
+    dv = ()
+    for j in tl.static_range(len(KEYS)):
+        dk = dk + (_zeros(KEYS[j], COLS),)
+        dv = dv + (_zeros(KEYS[j], COLS),)
     for start_m in range(0, Nq, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = _load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
         out = _load(out_ptr, offs_m, stride_on, Nq, D, UNIT, COLS)
         dout = _load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
+        delta = _row_sum(out, dout)
+        # a padded query has lse = inf, hence p = 0
         lse_ptrs = lse_ptr + (b * H + h) * Nq + offs_m
-        # a padded query has lse = inf, hence p = 0; a padded key scores 0, perhaps far above lse: its p would overflow
         lse_log2 = tl.load(lse_ptrs, mask=offs_m < Nq, other=float("inf")) * _LOG2_E
-        scores = tl.where(offs_n[:, None] < Nk, _inner(k, q), float("-inf"))
-        p = tl.exp2(scores * scale_log2 - lse_log2[None, :])
-        dv = _outer(p, dout, dv)
-        ds = cast(p * (_inner(v, dout) - _row_sum(out, dout)[None, :]), q[0].dtype)
-        dk = _outer(ds, q, dk)
+        new_dk = ()
+        new_dv = ()
+        dq_t = _zeros_t(COLS, BLOCK_M)
+        for j in tl.static_range(len(KEYS)):
+            scores = _inner(k[j], q)
+            if j == len(KEYS) - 1:  # a padded key scores 0, perhaps far above a very negative lse: its p would overflow
+                scores = tl.where((_before(KEYS, j) + tl.arange(0, KEYS[j]))[:, None] < Nk, scores, float("-inf"))
+            p = tl.exp2(scores * scale_log2 - lse_log2[None, :])
+            new_dv = new_dv + (_outer(p, dout, dv[j]),)
+            ds = cast(p * (_inner(v[j], dout) - delta[None, :]), q[0].dtype)
+            new_dk = new_dk + (_outer(ds, q, dk[j]),)
+            dq_t = _outer_t(k[j], ds, dq_t)
+        dk = new_dk
+        dv = new_dv
         dq = ()
         for i in tl.static_range(len(COLS)):
-            # dQ^T (COLS[i], queries) = K^T dS^T: ds needs no turning, and COLS[i] = 64 rows fill a warpgroup
-            dq = dq + (dot(k[i].T, ds).T * scale,)
+            dq = dq + (dq_t[i].T * scale,)
         _store(dq_ptr, offs_m, stride_dqn, Nq, dq, D, UNIT, COLS)
     dk_ptr = _head(dk_ptr, b, h, stride_dkb, stride_dkh, UNIT)
-    _store(dk_ptr, offs_n, stride_dkn, Nk, _scaled(dk, scale), D, UNIT, COLS)
     dv_ptr = _head(dv_ptr, b, h, stride_dvb, stride_dvh, UNIT)
-    _store(dv_ptr, offs_n, stride_dvn, Nk, dv, D, UNIT, COLS)
+    for j in tl.static_range(len(KEYS)):
+        offs_n = _before(KEYS, j) + tl.arange(0, KEYS[j])
+        _store(dk_ptr, offs_n, stride_dkn, Nk, _scaled(dk[j], scale), D, UNIT, COLS)
+        _store(dv_ptr, offs_n, stride_dvn, Nk, dv[j], D, UNIT, COLS)
