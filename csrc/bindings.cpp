@@ -1,0 +1,46 @@
+// The pybind11 module fastvit._C: the CPU ops, what this build is, and what this machine can do.
+#include <torch/extension.h>
+
+#include "cpu/gemm.h"
+#include "cpu/ops.h"
+#include "cpu/pack_cache.h"
+
+namespace fastvit {
+namespace {
+
+namespace py = pybind11;
+using namespace py::literals;
+
+py::dict build_info() {
+  return py::dict("torch"_a = TORCH_VERSION, "compiler"_a = __VERSION__, "cplusplus"_a = static_cast<long>(__cplusplus));
+}
+
+py::dict cpu_capabilities() {
+  return py::dict("fp32"_a = cpu::fp32_gemm_kind(), "bf16"_a = cpu::has_bf16_gemm() ? "brgemm" : "fp32",
+                  "threads"_a = at::get_num_threads());
+}
+
+py::dict pack_cache_info() {
+  const cpu::PackCacheInfo info = cpu::pack_cache_info();
+  return py::dict("entries"_a = info.entries, "bytes"_a = info.bytes);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.doc() = "Compiled CPU operators of fastvit";
+  m.def("layernorm_linear_fwd", &cpu::layernorm_linear_fwd, no_gil, "x"_a, "norm_weight"_a, "norm_bias"_a, "weight"_a,
+        "bias"_a, "eps"_a, "cache"_a);
+  m.def("linear_residual_fwd", &cpu::linear_residual_fwd, no_gil, "x"_a, "weight"_a, "bias"_a, "residual"_a,
+        "layer_scale"_a, "row_scale"_a, "cache"_a);
+  m.def("layernorm_mlp_fwd", &cpu::layernorm_mlp_fwd, no_gil, "x"_a, "norm_weight"_a, "norm_bias"_a, "fc1_weight"_a,
+        "fc1_bias"_a, "fc2_weight"_a, "fc2_bias"_a, "layer_scale"_a, "row_scale"_a, "act"_a, "eps"_a, "residual"_a,
+        "save"_a, "cache"_a);
+  m.def("build_info", &build_info);
+  m.def("cpu_capabilities", &cpu_capabilities);
+  m.def("pack_cache_info", &pack_cache_info);
+  m.def("clear_pack_cache", &cpu::clear_pack_cache);
+}
+
+}  // namespace fastvit

@@ -1,0 +1,105 @@
+#include "epilogue.h"
+
+#include "dtypes.h"
+
+namespace fastvit::cpu {
+namespace {
+
+template <class S>
+FASTVIT_INLINE S* at_row(const TileTarget& target, int64_t row) {
+  return static_cast<S*>(target.data) + row * target.stride;
+}
+
+template <class S>
+FASTVIT_INLINE void store_biased_as(const TileSource& tile, const TileTarget& target) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    for (int64_t n = 0; n < tile.columns; n += LANES) {
+      const f32x16 value = load16(tile.products + r * tile.ld + n) + load16(tile.bias + n);
+      store_part(at_row<S>(target, r) + n, value, tile.columns - n);
+    }
+  }
+}
+
+template <class S, Activation A>
+FASTVIT_INLINE void store_activated_by(const TileSource& tile, const TileTarget& activated) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    for (int64_t n = 0; n < tile.columns; n += LANES) {
+      const f32x16 h = load16(tile.products + r * tile.ld + n) + load16(tile.bias + n);
+      store_part(at_row<S>(activated, r) + n, h * gate<A>(h), tile.columns - n);
+    }
+  }
+}
+
+template <class S>
+FASTVIT_INLINE void store_activated_as(const TileSource& tile, Activation act, const TileTarget& activated) {
+  switch (act) {
+    case Activation::gelu: return store_activated_by<S, Activation::gelu>(tile, activated);
+    case Activation::gelu_tanh: return store_activated_by<S, Activation::gelu_tanh>(tile, activated);
+    case Activation::quick_gelu: return store_activated_by<S, Activation::quick_gelu>(tile, activated);
+  }
+}
+
+template <class S>
+FASTVIT_INLINE void store_residual_as(const ResidualTile& args) {
+  const TileSource& tile = args.tile;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const float row_scale = args.row_scale(args.first_row + r);
+    const S* residual = args.residual ? static_cast<const S*>(args.residual) + r * args.residual_stride : nullptr;
+    for (int64_t n = 0; n < tile.columns; n += LANES) {
+      const int64_t left = tile.columns - n;
+      f32x16 value = load16(tile.products + r * tile.ld + n) + load16(tile.bias + n);
+      value = value * load16(args.layer_scale + n) * row_scale;
+      if (residual) value += load_part(residual + n, left);
+      store_part(at_row<S>(args.target, r) + n, value, left);
+    }
+  }
+}
+
+template <class S, Activation A>
+FASTVIT_INLINE void activation_backward_by(const ActivationGradTile& tile) {
+  for (int64_t n = 0; n < 64; n += LANES) {
+    f32x16 sum{};
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t left = tile.columns - n, at = r * 64 + n;
+      const S* h_row = static_cast<const S*>(tile.h) + r * tile.h_stride;
+      const f32x16 h = left > 0 ? load_part(h_row + n, left) : f32x16{};
+      const Gate g = gate_and_slope<A>(h);
+      const f32x16 dh = load16(tile.da + at) * (g.value + h * g.slope);
+      store16(tile.activated + at, h * g.value);
+      store16(tile.dh + at, dh);
+      sum += dh;
+    }
+    store16(tile.column_sum + n, load16(tile.column_sum + n) + sum);
+  }
+}
+
+template <class S>
+FASTVIT_INLINE void activation_backward_as(const ActivationGradTile& tile, Activation act) {
+  switch (act) {
+    case Activation::gelu: return activation_backward_by<S, Activation::gelu>(tile);
+    case Activation::gelu_tanh: return activation_backward_by<S, Activation::gelu_tanh>(tile);
+    case Activation::quick_gelu: return activation_backward_by<S, Activation::quick_gelu>(tile);
+  }
+}
+
+}  // namespace
+
+FASTVIT_CLONES void store_biased(const TileSource& tile, const TileTarget& target) {
+  FASTVIT_BY_DTYPE(target.dtype, store_biased_as, tile, target);
+}
+
+FASTVIT_CLONES void store_activated(const TileSource& tile, Activation act, const TileTarget& activated,
+                                    const TileTarget& pre_activation) {
+  if (pre_activation.data) FASTVIT_BY_DTYPE(pre_activation.dtype, store_biased_as, tile, pre_activation);
+  FASTVIT_BY_DTYPE(activated.dtype, store_activated_as, tile, act, activated);
+}
+
+FASTVIT_CLONES void store_residual(const ResidualTile& args) {
+  FASTVIT_BY_DTYPE(args.target.dtype, store_residual_as, args);
+}
+
+FASTVIT_CLONES void activation_backward(const ActivationGradTile& tile, Activation act) {
+  FASTVIT_BY_DTYPE(tile.h_dtype, activation_backward_as, tile, act);
+}
+
+}  // namespace fastvit::cpu

@@ -1,0 +1,239 @@
+#include "gemm.h"
+
+#include <ATen/native/CPUBlas.h>
+
+#include "simd.h"
+
+namespace fastvit::cpu {
+namespace {
+
+// ROWS x (16 * VECTORS) of C stay in registers for the whole of k.
+template <int ROWS, int VECTORS>
+FASTVIT_INLINE void micro_tile(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t k,
+                               bool accumulate) {
+  f32x16 acc[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; ++r) {
+    for (int v = 0; v < VECTORS; ++v) acc[r][v] = accumulate ? load16(c + r * ldc + v * LANES) : f32x16{};
+  }
+  for (int64_t i = 0; i < k; ++i) {
+    f32x16 row[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) row[v] = load16(b + i * PANEL + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      for (int v = 0; v < VECTORS; ++v) acc[r][v] += a[r * lda + i] * row[v];
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    for (int v = 0; v < VECTORS; ++v) store16(c + r * ldc + v * LANES, acc[r][v]);
+  }
+}
+
+template <int ROWS, int VECTORS>
+FASTVIT_INLINE void micro_rows(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t rows,
+                               int64_t k, bool accumulate) {
+  int64_t r = 0;
+  for (; r + ROWS <= rows; r += ROWS) micro_tile<ROWS, VECTORS>(a + r * lda, lda, b, c + r * ldc, ldc, k, accumulate);
+  for (; r + 2 <= rows; r += 2) micro_tile<2, VECTORS>(a + r * lda, lda, b, c + r * ldc, ldc, k, accumulate);
+  if (r < rows) micro_tile<1, VECTORS>(a + r * lda, lda, b, c + r * ldc, ldc, k, accumulate);
+}
+
+template <int ROWS, int VECTORS>
+FASTVIT_INLINE void micro_panel(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t rows,
+                                int64_t k, bool accumulate) {
+  for (int64_t n = 0; n < PANEL; n += VECTORS * LANES) {
+    micro_rows<ROWS, VECTORS>(a, lda, b + n, c + n, ldc, rows, k, accumulate);
+  }
+}
+
+using Fp32Gemm = void (*)(const float*, int64_t, const float*, float*, int64_t, int64_t, int64_t, bool);
+
+// The register file decides the tile: 32 x 512 bits hold 6 x 64 floats, 16 x 256 bits 6 x 16, 16 x 128 bits 2 x 16.
+#if defined(__x86_64__) && defined(__linux__)
+__attribute__((target("arch=x86-64-v4"))) void gemm_avx512(const float* a, int64_t lda, const float* b, float* c,
+                                                           int64_t ldc, int64_t rows, int64_t k, bool accumulate) {
+  micro_panel<6, 4>(a, lda, b, c, ldc, rows, k, accumulate);
+}
+
+__attribute__((target("arch=x86-64-v3"))) void gemm_avx2(const float* a, int64_t lda, const float* b, float* c,
+                                                         int64_t ldc, int64_t rows, int64_t k, bool accumulate) {
+  micro_panel<6, 1>(a, lda, b, c, ldc, rows, k, accumulate);
+}
+
+bool has_avx512() { return __builtin_cpu_supports("x86-64-v4"); }
+bool has_avx2() { return __builtin_cpu_supports("x86-64-v3"); }
+#else
+constexpr auto gemm_avx512 = nullptr, gemm_avx2 = nullptr;
+bool has_avx512() { return false; }
+bool has_avx2() { return false; }
+#endif
+
+void gemm_baseline(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t rows, int64_t k,
+                   bool accumulate) {
+  micro_panel<2, 1>(a, lda, b, c, ldc, rows, k, accumulate);
+}
+
+const Fp32Gemm fp32_gemm = has_avx512() ? Fp32Gemm(gemm_avx512) : has_avx2() ? Fp32Gemm(gemm_avx2) : gemm_baseline;
+
+bool native_bf16() {
+#if defined(__x86_64__) && defined(__linux__)
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+// oneDNN may be built without these kernels, or refuse this machine: ask it for one small product.
+bool probe_bf16_gemm() {
+  if (!native_bf16()) return false;
+  c10::BFloat16 a[4], b[2 * PANEL * 2];
+  float c[2 * PANEL];
+  for (auto& value : a) value = 1.0f;
+  for (auto& value : b) value = 2.0f;
+  try {
+    at::native::cpublas::brgemm(2, PANEL, 2, 2, PANEL, PANEL, false, a, b, c, true);
+    at::native::cpublas::brgemm_release(true);
+  } catch (const c10::Error&) {
+    return false;
+  }
+  for (float value : c) {
+    if (value != 4.0f) return false;
+  }
+  return true;
+}
+
+// dst (k, 64) = src (n, k) transposed, for any 32-bit element. Missing columns become zero.
+template <class U>
+void transpose_panel(const U* src, int64_t stride, int64_t n, int64_t k, U* dst) {
+  constexpr int64_t TILE = 16;
+  for (int64_t k0 = 0; k0 < k; k0 += TILE) {
+    const int64_t width = std::min(TILE, k - k0);
+    for (int64_t col = 0; col < n; ++col) {
+      U part[TILE];
+      __builtin_memcpy(part, src + col * stride + k0, width * sizeof(U));
+      for (int64_t i = 0; i < width; ++i) dst[(k0 + i) * PANEL + col] = part[i];
+    }
+    for (int64_t i = 0; i < width; ++i) {
+      for (int64_t col = n; col < PANEL; ++col) dst[(k0 + i) * PANEL + col] = U{};
+    }
+  }
+}
+
+FASTVIT_CLONES void copy_row(const float* src, int64_t n, float scale, float* dst) {
+  for (int64_t col = 0; col < PANEL; col += LANES) {
+    const f32x16 value = n > col ? load_part(src + col, n - col) : f32x16{};
+    store16(dst + col, value * scale);
+  }
+}
+
+// Two rows side by side; `odd` may be null.
+FASTVIT_CLONES void copy_row_pair(const c10::BFloat16* even, const c10::BFloat16* odd, int64_t n, float even_scale,
+                                  float odd_scale, c10::BFloat16* dst) {
+  for (int64_t col = 0; col < PANEL; col += LANES) {
+    const f32x16 low = n > col ? load_part(even + col, n - col) : f32x16{};
+    const f32x16 high = n > col && odd ? load_part(odd + col, n - col) : f32x16{};
+    const u32x16 pair = bf16_bits(low * even_scale) | bf16_bits(high * odd_scale) << 16;
+    __builtin_memcpy(dst + 2 * col, &pair, sizeof(pair));
+  }
+}
+
+template <class T, class Pack>
+PackedWeight pack_panels(const at::Tensor& source, int64_t n, int64_t k, const Pack& pack) {
+  PackedWeight packed{n, k, ceil_div(n, PANEL), {}};
+  packed.data = at::empty({packed.panels, padded_k<T>(k), PANEL}, source.options());
+  T* dst = packed.data.data_ptr<T>();
+  parallel_tasks(packed.panels, [&](int64_t i) {
+    pack(source.const_data_ptr<T>(), i * PANEL, std::min(PANEL, n - i * PANEL), dst + i * padded_k<T>(k) * PANEL);
+  });
+  return packed;
+}
+
+// The tensor in its compute dtype, with the last dimension contiguous.
+at::Tensor packable(const at::Tensor& weight) {
+  const at::Tensor converted = weight.to(compute_dtype(weight.scalar_type()));
+  return converted.stride(1) == 1 ? converted : converted.contiguous();
+}
+
+template <class T>
+PackedWeight pack_weight_as(const at::Tensor& weight) {
+  const int64_t stride = weight.stride(0), k = weight.size(1);
+  return pack_panels<T>(weight, weight.size(0), k, [&](const T* src, int64_t n0, int64_t n, T* dst) {
+    pack_panel_transposed(src + n0 * stride, stride, n, k, dst);
+  });
+}
+
+template <class T>
+PackedWeight pack_matrix_as(const at::Tensor& matrix) {
+  const int64_t stride = matrix.stride(0), k = matrix.size(0);
+  return pack_panels<T>(matrix, matrix.size(1), k, [&](const T* src, int64_t n0, int64_t n, T* dst) {
+    pack_panel(src + n0, stride, n, k, nullptr, dst);
+  });
+}
+
+}  // namespace
+
+bool has_bf16_gemm() {
+  static const bool available = probe_bf16_gemm();
+  return available && at::globalContext().userEnabledMkldnn();
+}
+
+const char* fp32_gemm_kind() { return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "baseline"; }
+
+at::ScalarType compute_dtype(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 && has_bf16_gemm() ? at::kBFloat16 : at::kFloat;
+}
+
+void gemm_tile(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t rows, int64_t k,
+               bool accumulate) {
+  fp32_gemm(a, lda, b, c, ldc, rows, k, accumulate);
+}
+
+void gemm_tile(const c10::BFloat16* a, int64_t lda, const c10::BFloat16* b, float* c, int64_t ldc, int64_t rows,
+               int64_t k, bool accumulate) {
+  at::native::cpublas::brgemm(rows, PANEL, k, lda, PANEL, ldc, accumulate, a, b, c, true);
+}
+
+void release_bf16_gemm() { at::native::cpublas::brgemm_release(true); }
+
+void pack_panel_transposed(const float* src, int64_t stride, int64_t n, int64_t k, float* dst) {
+  transpose_panel(src, stride, n, k, dst);
+}
+
+// A pair of k is one 32-bit unit; an odd last k is paired with zero.
+void pack_panel_transposed(const c10::BFloat16* src, int64_t stride, int64_t n, int64_t k, c10::BFloat16* dst) {
+  constexpr int64_t TILE = 16;
+  for (int64_t k0 = 0; k0 < k; k0 += 2 * TILE) {
+    const int64_t width = std::min(2 * TILE, k - k0);
+    for (int64_t col = 0; col < PANEL; ++col) {
+      uint32_t part[TILE] = {};
+      if (col < n) __builtin_memcpy(part, src + col * stride + k0, width * sizeof(c10::BFloat16));
+      for (int64_t i = 0; i < ceil_div(width, 2); ++i) {
+        __builtin_memcpy(dst + ((k0 / 2 + i) * PANEL + col) * 2, &part[i], sizeof(uint32_t));
+      }
+    }
+  }
+}
+
+void pack_panel(const float* src, int64_t stride, int64_t n, int64_t k, const float* scale, float* dst) {
+  for (int64_t i = 0; i < k; ++i) copy_row(src + i * stride, n, scale ? scale[i] : 1.0f, dst + i * PANEL);
+}
+
+void pack_panel(const c10::BFloat16* src, int64_t stride, int64_t n, int64_t k, const float* scale,
+                c10::BFloat16* dst) {
+  for (int64_t i = 0; i < k; i += 2) {
+    const bool paired = i + 1 < k;
+    copy_row_pair(src + i * stride, paired ? src + (i + 1) * stride : nullptr, n, scale ? scale[i] : 1.0f,
+                  scale && paired ? scale[i + 1] : 1.0f, dst + i * PANEL);
+  }
+}
+
+PackedWeight pack_weight(const at::Tensor& weight) {
+  const at::Tensor source = packable(weight);
+  return source.scalar_type() == at::kFloat ? pack_weight_as<float>(source) : pack_weight_as<c10::BFloat16>(source);
+}
+
+PackedWeight pack_matrix(const at::Tensor& matrix) {
+  const at::Tensor source = packable(matrix);
+  return source.scalar_type() == at::kFloat ? pack_matrix_as<float>(source) : pack_matrix_as<c10::BFloat16>(source);
+}
+
+}  // namespace fastvit::cpu

@@ -1,0 +1,72 @@
+// GEMM core: row-major activations times weights packed in panels of 64 columns.
+//
+// A packed (N, K) weight is [ceil(N / 64)][K][64] in float32. In bfloat16 pairs of k lie side by side,
+// [ceil(N / 64)][K / 2][64][2], K rounded up to even, which is what the dot-product instructions read.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "parallel.h"
+
+namespace fastvit::cpu {
+
+constexpr int64_t PANEL = 64;     // columns a panel
+constexpr int64_t K_BLOCK = 768;  // k a call: a panel block of 192 KB stays in L2
+
+// The type products are computed in for weights of `dtype`: bfloat16 where the machine has it, else float32.
+at::ScalarType compute_dtype(at::ScalarType dtype);
+bool has_bf16_gemm();
+const char* fp32_gemm_kind();
+
+template <class T>
+constexpr int64_t padded_k(int64_t k) {
+  return sizeof(T) == 2 ? round_up(k, 2) : k;
+}
+
+// C (rows, 64) = A (rows, k) B (k, 64), or += when `accumulate`. k even for bfloat16. C is float32.
+void gemm_tile(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t rows, int64_t k,
+               bool accumulate);
+void gemm_tile(const c10::BFloat16* a, int64_t lda, const c10::BFloat16* b, float* c, int64_t ldc, int64_t rows,
+               int64_t k, bool accumulate);
+
+// The whole k range in blocks.
+template <class T>
+void gemm_panel(const T* a, int64_t lda, const T* b, float* c, int64_t ldc, int64_t rows, int64_t k) {
+  for (int64_t k0 = 0; k0 < k; k0 += K_BLOCK) {
+    gemm_tile(a + k0, lda, b + k0 * PANEL, c, ldc, rows, std::min(K_BLOCK, k - k0), k0 > 0);
+  }
+}
+
+// Give back what the bfloat16 kernels hold (AMX tiles); at the end of every task that called gemm_tile.
+void release_bf16_gemm();
+template <class T>
+void gemm_release() {
+  if constexpr (sizeof(T) == 2) release_bf16_gemm();
+}
+
+// One panel from a weight whose columns (n) are rows in memory: src[n * stride + k].
+void pack_panel_transposed(const float* src, int64_t stride, int64_t n, int64_t k, float* dst);
+void pack_panel_transposed(const c10::BFloat16* src, int64_t stride, int64_t n, int64_t k, c10::BFloat16* dst);
+
+// One panel from rows of k: src[k * stride + n], row k multiplied by scale[k] when given.
+void pack_panel(const float* src, int64_t stride, int64_t n, int64_t k, const float* scale, float* dst);
+void pack_panel(const c10::BFloat16* src, int64_t stride, int64_t n, int64_t k, const float* scale,
+                c10::BFloat16* dst);
+
+struct PackedWeight {
+  int64_t n = 0, k = 0, panels = 0;
+  at::Tensor data;
+
+  template <class T>
+  const T* panel(int64_t i) const {
+    return static_cast<const T*>(data.const_data_ptr()) + i * padded_k<T>(k) * PANEL;
+  }
+  int64_t bytes() const { return data.nbytes(); }
+};
+
+// Pack an (N, K) weight for x W^T.
+PackedWeight pack_weight(const at::Tensor& weight);
+// Pack a (K, N) matrix for x W.
+PackedWeight pack_matrix(const at::Tensor& matrix);
+
+}  // namespace fastvit::cpu

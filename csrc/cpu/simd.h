@@ -1,0 +1,128 @@
+// Sixteen floats at a time with the compiler's vector types: no intrinsics, any instruction set.
+//
+// A function marked FASTVIT_CLONES is compiled for AVX-512, AVX2 and the baseline, and the loader picks one, so a
+// single binary runs on every x86-64. What it calls must be FASTVIT_INLINE to be compiled along with it.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <limits>
+
+#if defined(__x86_64__) && defined(__linux__)
+#define FASTVIT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FASTVIT_CLONES
+#endif
+#define FASTVIT_INLINE inline __attribute__((always_inline))
+
+// Vectors cross only inlined calls, so the warning about their calling convention says nothing here.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace fastvit::cpu {
+
+constexpr int64_t LANES = 16;
+
+using f32x16 = float __attribute__((vector_size(64)));
+using u32x16 = uint32_t __attribute__((vector_size(64)));
+using i32x16 = int32_t __attribute__((vector_size(64)));
+using u16x16 = uint16_t __attribute__((vector_size(32)));
+
+FASTVIT_INLINE f32x16 splat(float value) { return f32x16{} + value; }
+FASTVIT_INLINE u32x16 bits(f32x16 value) { return (u32x16)value; }
+FASTVIT_INLINE f32x16 from_bits(u32x16 value) { return (f32x16)value; }
+
+FASTVIT_INLINE f32x16 load16(const float* src) {
+  f32x16 value;
+  __builtin_memcpy(&value, src, sizeof(value));
+  return value;
+}
+
+FASTVIT_INLINE u32x16 load_u16(const void* src) {
+  u16x16 value;
+  __builtin_memcpy(&value, src, sizeof(value));
+  return __builtin_convertvector(value, u32x16);
+}
+
+FASTVIT_INLINE f32x16 load16(const c10::BFloat16* src) { return from_bits(load_u16(src) << 16); }
+
+FASTVIT_INLINE f32x16 load16(const c10::Half* src) {
+  const u32x16 half = load_u16(src);
+  const u32x16 magnitude = (half & 0x7fff) << 13;
+  const u32x16 scaled = bits(from_bits(magnitude) * 0x1p112f);
+  // An all-ones exponent (inf, NaN) stays all ones.
+  const u32x16 value = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled;
+  return from_bits(value | (half & 0x8000) << 16);
+}
+
+FASTVIT_INLINE void store16(float* dst, f32x16 value) { __builtin_memcpy(dst, &value, sizeof(value)); }
+
+FASTVIT_INLINE void store_u16(void* dst, u32x16 value) {
+  const u16x16 narrow = __builtin_convertvector(value, u16x16);
+  __builtin_memcpy(dst, &narrow, sizeof(narrow));
+}
+
+// Round to nearest even; the result sits in the low 16 bits.
+FASTVIT_INLINE u32x16 bf16_bits(f32x16 value) {
+  const u32x16 raw = bits(value);
+  const u32x16 rounded = (raw + 0x7fff + ((raw >> 16) & 1)) >> 16;
+  return (raw & 0x7fffffff) > 0x7f800000u ? (u32x16{} + 0x7fc0u) : rounded;
+}
+
+FASTVIT_INLINE void store16(c10::BFloat16* dst, f32x16 value) { store_u16(dst, bf16_bits(value)); }
+
+// Round to nearest even by adding a power of two that pushes the discarded bits out of the mantissa.
+FASTVIT_INLINE void store16(c10::Half* dst, f32x16 value) {
+  const u32x16 raw = bits(value), doubled = raw + raw;
+  const f32x16 scaled = (from_bits(raw & 0x7fffffff) * 0x1p112f) * 0x1p-110f;
+  const u32x16 exponent = doubled & 0xff000000u;
+  const u32x16 floor = exponent < 0x71000000u ? (u32x16{} + 0x71000000u) : exponent;
+  const u32x16 sum = bits(from_bits((floor >> 1) + 0x07800000u) + scaled);
+  const u32x16 finite = ((sum >> 13) & 0x7c00) + (sum & 0x0fff);
+  const u32x16 magnitude = doubled > 0xff000000u ? (u32x16{} + 0x7e00u) : finite;
+  store_u16(dst, magnitude | ((raw & 0x80000000u) >> 16));
+}
+
+// The first `count` (1..16) lanes; the others are zero and memory behind them is not touched.
+template <class S>
+FASTVIT_INLINE f32x16 load_part(const S* src, int64_t count) {
+  if (count >= LANES) return load16(src);
+  S part[LANES] = {};
+  __builtin_memcpy(part, src, count * sizeof(S));
+  return load16(part);
+}
+
+template <class S>
+FASTVIT_INLINE void store_part(S* dst, f32x16 value, int64_t count) {
+  if (count >= LANES) return store16(dst, value);
+  S part[LANES];
+  store16(part, value);
+  __builtin_memcpy(dst, part, count * sizeof(S));
+}
+
+FASTVIT_INLINE float sum_lanes(f32x16 value) {
+  float total = 0;
+  for (int i = 0; i < 8; ++i) total += value[i] + value[i + 8];
+  return total;
+}
+
+// exp(x) to 1 ulp; 0 below the smallest normal number, inf above the largest.
+FASTVIT_INLINE f32x16 exp16(f32x16 x) {
+  constexpr float round_bias = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const f32x16 shifted = x * 1.44269504f + round_bias;
+  const f32x16 n = shifted - round_bias;
+  const f32x16 f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  f32x16 p = f * 1.37805939e-3f + 8.37312452e-3f;
+  p = p * f + 4.16695364e-2f;
+  p = p * f + 1.66664720e-1f;
+  p = p * f + 4.99999851e-1f;
+  p = p * f + 1.0f;
+  p = p * f + 1.0f;
+  const u32x16 power = (bits(shifted) << 23) + 0x3f800000u;
+  f32x16 value = p * from_bits(power);
+  value = x < -87.3f ? f32x16{} : value;
+  return x > 88.3f ? splat(std::numeric_limits<float>::infinity()) : value;
+}
+
+}  // namespace fastvit::cpu
