@@ -1,0 +1,404 @@
+"""Run the parts of a ViT on the fused ops, reading its modules by timm's attribute names.
+
+The same functions serve fastvit's own modules and, unchanged, other libraries' blocks with those names. What an op
+cannot express (a hook, a LoRA adapter, active dropout, another activation) is run by the modules themselves, part by
+part, with the same result; ``why_not_fused`` names the module and the rule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as module_state
+
+from .ops import attention, attention_packed, layernorm_linear, layernorm_mlp, linear_residual, patch_embed
+from .reference import normalize_pixels, unpack_qkv
+from .resample import resample_pos_embed
+
+for _op in ("attention", "attention_packed", "layernorm_linear", "layernorm_mlp", "linear_residual", "patch_embed"):
+    torch.fx.wrap(_op)  # symbolic tracing records the op itself, not the checks inside it
+
+_TIMM_VIT = "timm.models.vision_transformer"
+_OURS = "fastvit.layers"
+
+# A module is known by the function that runs it, so a subclass that keeps its parent's forward is known too.
+_HOMES = {
+    "Identity": ("torch.nn.modules.linear",),
+    "Linear": ("torch.nn.modules.linear",),
+    "Conv2d": ("torch.nn.modules.conv",),
+    "LayerNorm": ("torch.nn.modules.normalization", "timm.layers.norm"),
+    "Dropout": ("torch.nn.modules.dropout",),
+    "GELU": ("torch.nn.modules.activation", "timm.layers.activations"),
+    "GELUTanh": ("timm.layers.activations",),
+    "QuickGELU": ("fastvit.norm_act", "timm.layers.activations"),
+    "LayerScale": (_OURS, "timm.layers.layer_scale", _TIMM_VIT),
+    "DropPath": (_OURS, "timm.layers.drop"),
+    "Attention": (_OURS, "timm.layers.attention", _TIMM_VIT),
+    "Mlp": (_OURS, "timm.layers.mlp"),
+    "GluMlp": (_OURS, "timm.layers.mlp"),
+    "PatchEmbed": (_OURS, "timm.layers.patch_embed"),
+    "Block": (_OURS, _TIMM_VIT),
+}
+_KINDS = {(home, f"{kind}.forward"): kind for kind, homes in _HOMES.items() for home in homes}
+_ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+
+
+def kind_of(module: nn.Module | None) -> str:
+    """What ``module`` computes, as one of the names above; "" when that is unknown. None counts as Identity."""
+    if module is None:
+        return "Identity"
+    forward = type(module).forward
+    return _KINDS.get((forward.__module__, forward.__qualname__), "")
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook wants to see the calls of ``module``."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def why_not_skip(module: nn.Module | None, name: str, *kinds: str) -> list[str]:
+    """Reasons why an op may not stand in for ``module``: it is none of ``kinds``, or its call is watched or changed."""
+    kind = kind_of(module)
+    if kind not in kinds:
+        return [f"{name} is a {type(module).__qualname__}, the fused ops take {' or '.join(kinds)}"]
+    if module is None:
+        return []
+    if is_watched(module):
+        return [f"{name} has hooks, which a fused op would not call"]
+    if "forward" in module.__dict__:
+        return [f"{name}.forward was replaced on this instance"]
+    if "parametrizations" in module._modules:
+        return [f"{name} is parametrised, so its weight is computed at each call"]
+    weight = module._parameters.get("weight")
+    if weight is not None and type(weight) not in (nn.Parameter, Tensor):
+        return [f"{name}.weight is a {type(weight).__name__}, the fused ops take plain tensors"]
+    if kind == "LayerNorm" and (len(module.normalized_shape) != 1 or getattr(module, "_fast_norm", False)):
+        return [f"{name} normalises over {tuple(module.normalized_shape)} or by timm's fast norm, expected (E,)"]
+    return []
+
+
+def why_not_skip_dropout(module: nn.Module | None, name: str) -> list[str]:
+    reasons = why_not_skip(module, name, "Dropout", "Identity")
+    if not reasons and isinstance(module, nn.Dropout) and module.p > 0 and module.training:
+        return [f"{name} is active (p={module.p})"]
+    return reasons
+
+
+def _why_not_norm_linear(norm: nn.Module, norm_name: str, linear: nn.Module, linear_name: str) -> list[str]:
+    return why_not_skip(norm, norm_name, "LayerNorm") or why_not_skip(linear, linear_name, "Linear")
+
+
+def _why_not_attention_module(attn: nn.Module) -> list[str]:
+    """Reasons why ``attn`` must be called as a whole; otherwise its parts are judged one by one."""
+    reasons = why_not_skip(attn, "attn", "Attention")
+    if reasons:
+        return reasons
+    if not getattr(attn, "fused_attn", True):
+        return ["attn.fused_attn is False, so the attention weights are wanted"]
+    if getattr(attn, "gate", None) is not None:
+        return ["attn.gate gates the attention output"]
+    return why_not_skip(attn.attn_drop, "attn.attn_drop", "Dropout", "Identity")
+
+
+def _why_not_packed(attn: nn.Module) -> list[str]:
+    return why_not_skip(attn.q_norm, "attn.q_norm", "Identity") or why_not_skip(attn.k_norm, "attn.k_norm", "Identity")
+
+
+def _why_not_project(
+    linear: nn.Module, drop: nn.Module, scale: nn.Module | None, drop_path: nn.Module | None, names: tuple[str, ...]
+) -> list[str]:
+    return (
+        why_not_skip(linear, names[0], "Linear")
+        or why_not_skip_dropout(drop, names[1])
+        or why_not_skip(scale, names[2], "LayerScale", "Identity")
+        or why_not_skip(drop_path, names[3], "DropPath", "Identity")
+    )
+
+
+def _why_not_mlp(block: Any) -> list[str]:
+    """Reasons why LN2, the MLP and the residual are not one op."""
+    mlp = block.mlp
+    return (
+        why_not_skip(mlp, "mlp", "Mlp")
+        or _why_not_norm_linear(block.norm2, "norm2", mlp.fc1, "mlp.fc1")
+        or why_not_skip(mlp.act, "mlp.act", *_ACTIVATIONS)
+        or why_not_skip_dropout(mlp.drop1, "mlp.drop1")
+        or why_not_skip(getattr(mlp, "norm", None), "mlp.norm", "Identity")
+        or _why_not_project(mlp.fc2, mlp.drop2, *_branch(block, 2), _MLP_NAMES)
+    )
+
+
+_PROJ_NAMES = ("attn.proj", "attn.proj_drop", "ls1", "drop_path1")
+_MLP_NAMES = ("mlp.fc2", "mlp.drop2", "ls2", "drop_path2")
+
+
+def _branch(block: Any, number: int) -> tuple[nn.Module | None, nn.Module | None]:
+    return getattr(block, f"ls{number}", None), getattr(block, f"drop_path{number}", None)
+
+
+def _why_not_block(block: nn.Module) -> list[str]:
+    if kind_of(block) != "Block":
+        return [f"block is a {type(block).__qualname__}, expected timm's or fastvit's Block"]
+    if (
+        module_state._global_forward_hooks
+        or module_state._global_forward_pre_hooks
+        or module_state._global_backward_hooks
+        or module_state._global_backward_pre_hooks
+    ):
+        return ["hooks are registered for every module, which a fused op would not call"]
+    return ["torch.jit is tracing"] if torch.jit.is_tracing() else []
+
+
+def why_not_fused(block: nn.Module) -> list[str]:
+    """Every reason why a part of ``block`` runs outside the four fused ops in its present mode; [] when none does."""
+    reasons = _why_not_block(block)
+    if reasons:
+        return reasons
+    attn, whole = block.attn, _why_not_attention_module(block.attn)
+    if whole:
+        reasons += whole
+    else:
+        reasons += _why_not_norm_linear(block.norm1, "norm1", attn.qkv, "attn.qkv")
+        reasons += _why_not_packed(attn)
+        reasons += why_not_skip(getattr(attn, "norm", None), "attn.norm", "Identity")
+        reasons += _why_not_project(attn.proj, attn.proj_drop, *_branch(block, 1), _PROJ_NAMES)
+    return reasons + _why_not_mlp(block)
+
+
+def block_forward(block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """One pre-norm transformer block on four ops.
+
+    block      has norm1, attn.{qkv, q_norm, k_norm, attn_drop, proj, proj_drop}, ls1, drop_path1, norm2,
+               mlp.{fc1, act, drop1, fc2, drop2}, ls2, drop_path2
+    x          (B, N, E)
+    attn_mask  broadcastable to (B, H, N, N); bool (True takes part) or float (added)
+    returns    (B, N, E)  dtype of x
+    """
+    if _why_not_block(block):
+        x = _add_branch(block, 1, x, _call_attention(block.attn, block.norm1(x), attn_mask, is_causal))
+        return _add_branch(block, 2, x, block.mlp(block.norm2(x)))
+    return mlp_residual(block, attention_residual(block, x, attn_mask, is_causal))
+
+
+def class_token_block_forward(block: Any, x: Tensor) -> Tensor:
+    """``block(x)[:, :1]`` without the work for the other tokens: the last block when only the class token is read.
+
+    Keys and values come from all tokens; the query, the projection and the MLP run for token 0.
+
+    x        (B, N, E)
+    returns  (B, 1, E)
+    """
+    attn = block.attn
+    if (
+        any(is_watched(module) for module in block.modules())
+        or _why_not_block(block)
+        or _why_not_attention_module(attn)
+        or _why_not_norm_linear(block.norm1, "norm1", attn.qkv, "attn.qkv")
+    ):
+        return block(x)[:, :1]
+    norm, weight, bias = block.norm1, attn.qkv.weight, attn.qkv.bias
+    width = weight.shape[0] // 3
+    q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+    q = layernorm_linear(x[:, :1], norm.weight, norm.bias, weight[:width], q_bias, eps=norm.eps)
+    kv = layernorm_linear(x, norm.weight, norm.bias, weight[width:], kv_bias, eps=norm.eps)
+    q = q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+    k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    tokens = _attend(attn, q, k, v)
+    return mlp_residual(block, _project_attention(block, tokens, x[:, :1]))
+
+
+def attention_residual(block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """``x + drop_path1(ls1(attn(norm1(x))))``."""
+    attn = block.attn
+    if _why_not_attention_module(attn):
+        return _add_branch(block, 1, x, _call_attention(attn, block.norm1(x), attn_mask, is_causal))
+    qkv = _norm_linear(block.norm1, "norm1", attn.qkv, "attn.qkv", x)
+    return _project_attention(block, attend_packed(attn, qkv, attn_mask, is_causal), x)
+
+
+def mlp_residual(block: Any, x: Tensor) -> Tensor:
+    """``x + drop_path2(ls2(mlp(norm2(x))))``."""
+    mlp, norm = block.mlp, block.norm2
+    if not _why_not_mlp(block):
+        gamma, row_scale = branch_scales(*_branch(block, 2), x)
+        return layernorm_mlp(
+            x,
+            norm.weight,
+            norm.bias,
+            mlp.fc1.weight,
+            mlp.fc1.bias,
+            mlp.fc2.weight,
+            mlp.fc2.bias,
+            act=activation_name(mlp.act),
+            eps=norm.eps,
+            layer_scale=gamma,
+            row_scale=row_scale,
+        )
+    if why_not_skip(mlp, "mlp", "Mlp", "GluMlp"):
+        return _add_branch(block, 2, x, mlp(norm(x)))
+    hidden = _norm_linear(norm, "norm2", mlp.fc1, "mlp.fc1", x)
+    hidden = mlp.drop1(gated_activation(mlp, hidden) if kind_of(mlp) == "GluMlp" else mlp.act(hidden))
+    if getattr(mlp, "norm", None) is not None:
+        hidden = mlp.norm(hidden)
+    return _project(block, 2, mlp.fc2, mlp.drop2, _MLP_NAMES, hidden, x)
+
+
+def gated_activation(mlp: Any, hidden: Tensor) -> Tensor:
+    """One half of ``hidden`` times the activation of the other."""
+    first, second = hidden.chunk(2, dim=-1)
+    return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
+
+
+def attend_packed(attn: Any, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """The attention core of a timm Attention module, (B, N, 3 * H * D) to (B, N, H * D)."""
+    if attn_mask is None and not is_causal and not _why_not_packed(attn):
+        return attention_packed(qkv, attn.num_heads, dropout_p=_dropout_p(attn.attn_drop), scale=attn.scale)
+    q, k, v = unpack_qkv(qkv, attn.num_heads)
+    return _attend(attn, q, k, v, attn_mask, is_causal)
+
+
+def _attend(attn: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False):
+    """q, k, v (B, H, N, D), before their norms, to (B, Nq, H * D)."""
+    tokens = attention(
+        attn.q_norm(q),
+        attn.k_norm(k),
+        v,
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        dropout_p=_dropout_p(attn.attn_drop),
+        scale=attn.scale,
+    )
+    return tokens.transpose(1, 2).flatten(2)
+
+
+def _dropout_p(drop: nn.Module | None) -> float:
+    return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+
+
+def _project_attention(block: Any, tokens: Tensor, residual: Tensor) -> Tensor:
+    attn = block.attn
+    if getattr(attn, "norm", None) is not None:
+        tokens = attn.norm(tokens)
+    return _project(block, 1, attn.proj, attn.proj_drop, _PROJ_NAMES, tokens, residual)
+
+
+def _project(
+    block: Any, number: int, linear: Any, drop: nn.Module, names: tuple[str, ...], x: Tensor, residual: Tensor
+) -> Tensor:
+    """``residual + drop_path(ls(drop(linear(x))))``."""
+    if _why_not_project(linear, drop, *_branch(block, number), names):
+        return _add_branch(block, number, residual, drop(linear(x)))
+    gamma, row_scale = branch_scales(*_branch(block, number), residual)
+    return linear_residual(x, linear.weight, linear.bias, residual, layer_scale=gamma, row_scale=row_scale)
+
+
+def _norm_linear(norm: Any, norm_name: str, linear: Any, linear_name: str, x: Tensor) -> Tensor:
+    if _why_not_norm_linear(norm, norm_name, linear, linear_name):
+        return linear(norm(x))
+    return layernorm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, eps=norm.eps)
+
+
+def _add_branch(block: Any, number: int, residual: Tensor, branch: Tensor) -> Tensor:
+    for module in _branch(block, number):
+        branch = branch if module is None else module(branch)
+    return residual + branch
+
+
+def _call_attention(attn: nn.Module, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    if attn_mask is None and not is_causal:
+        return attn(x)
+    return attn(x, attn_mask=attn_mask, is_causal=is_causal)
+
+
+def branch_scales(scale: Any, drop_path: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """LayerScale's gamma (E,) and DropPath's factor for each sample (B,): 0 or, when it rescales, 1 / keep_prob."""
+    gamma = getattr(scale, "gamma", None)
+    drop_prob = getattr(drop_path, "drop_prob", 0.0) or 0.0
+    if drop_prob == 0.0 or not drop_path.training:
+        return gamma, None
+    keep_prob = 1.0 - drop_prob
+    row_scale = x.new_empty(x.shape[0]).bernoulli_(keep_prob)
+    if keep_prob > 0.0 and drop_path.scale_by_keep:
+        row_scale.div_(keep_prob)
+    return gamma, row_scale
+
+
+def activation_name(act: nn.Module) -> str:
+    """The op's name for an activation module that ``why_not_skip`` let through."""
+    if getattr(act, "approximate", "none") == "tanh":
+        return "gelu_tanh"
+    return _ACTIVATIONS[kind_of(act)]
+
+
+def why_not_fused_embed(vit: Any) -> list[str]:
+    """Reasons why patches, prefix tokens and positions are not embedded by one op."""
+    embed = vit.patch_embed
+    reasons = why_not_skip(embed, "patch_embed", "PatchEmbed")
+    if reasons:
+        return reasons
+    reasons = why_not_skip(embed.proj, "patch_embed.proj", "Conv2d")
+    reasons += why_not_skip(embed.norm, "patch_embed.norm", "Identity")
+    if getattr(vit, "dist_token", None) is not None:
+        reasons.append("dist_token is a prefix token that this embedding does not know")
+    if torch.jit.is_tracing():
+        reasons.append("torch.jit is tracing")
+    return reasons
+
+
+def embed_forward(vit: Any, images: Tensor, mean: Tensor | None = None, std: Tensor | None = None) -> Tensor:
+    """Images to tokens: patches, class and register tokens, positions, position dropout.
+
+    vit        has patch_embed, cls_token, reg_token, pos_embed, pos_drop, no_embed_class, dynamic_img_size
+    images     (B, C, IH, IW)  float, or uint8 with mean and std
+    mean, std  (C,)            in units of [0, 1] pixels
+    returns    (B, T + L, E)
+    """
+    embed, weight = vit.patch_embed, vit.patch_embed.proj.weight
+    if images.dtype == torch.uint8 and embed.dynamic_img_pad:  # timm pads after normalising: the border is the mean
+        images, mean, std = normalize_pixels(images, mean, std, weight.dtype), None, None
+    grid = None if isinstance(images, torch.fx.Proxy) or why_not_fused_embed(vit) else _grid(embed, images)
+    if grid is None:
+        pixels = images if mean is None else normalize_pixels(images, mean, std, weight.dtype)
+        return vit._pos_embed(embed(pixels))
+    height, width = grid[0] * weight.shape[2], grid[1] * weight.shape[3]
+    if (height, width) != tuple(images.shape[2:]):  # pads when larger; crops, as a strided convolution does, when not
+        images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
+    pos_embed = vit.pos_embed
+    if pos_embed is not None and vit.dynamic_img_size:
+        num_prefix_tokens = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        pos_embed = resample_pos_embed(pos_embed, grid, embed.grid_size, num_prefix_tokens)
+    tokens = patch_embed(
+        images,
+        weight,
+        embed.proj.bias,
+        pos_embed=None if pos_embed is None else pos_embed[0],
+        prefix=_prefix(vit),
+        mean=mean,
+        std=std,
+    )
+    return tokens if pos_embed is None else vit.pos_drop(tokens)
+
+
+def _prefix(vit: Any) -> Tensor | None:
+    """The prefix tokens (T, E), class token first."""
+    tokens = [token[0] for token in (vit.cls_token, vit.reg_token) if token is not None]
+    if len(tokens) == 2:
+        return torch.cat(tokens)
+    return tokens[0] if tokens else None
+
+
+def _grid(embed: Any, images: Tensor) -> tuple[int, int] | None:
+    """The grid of patches of ``images``; None when ``embed`` would refuse their size (and should say so itself)."""
+    (height, width), (rows, columns) = images.shape[2:], embed.patch_size
+    if embed.dynamic_img_pad:
+        padded = (-(-height // rows), -(-width // columns))
+        strict = embed.img_size is not None and embed.strict_img_size
+        return padded if not strict or (height, width) == tuple(embed.img_size) else None
+    if embed.img_size is not None and embed.strict_img_size:
+        return (height // rows, width // columns) if (height, width) == tuple(embed.img_size) else None
+    return (height // rows, width // columns) if height % rows == 0 and width % columns == 0 else None
