@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <stdexcept>
 #include <string>
 
 #include "layernorm_mlp.h"
@@ -38,7 +39,7 @@ class Checks {
  public:
   Checks(const char* op, const char* name, const Tensor& first) : op_(op), first_(name), device_(first.get_device()) {}
 
-  void fail(const std::string& message) const { STD_TORCH_CHECK(false, op_, ": ", message); }
+  [[noreturn]] void fail(const std::string& message) const { throw std::runtime_error(op_ + (": " + message)); }
 
   void expect(bool ok, const std::string& message) const {
     if (!ok) fail(message);
@@ -51,7 +52,6 @@ class Checks {
       case ScalarType::BFloat16: return DType::kBFloat16;
       default: fail(std::string(name) + " is " + text(dtype) + ", expected float32, float16 or bfloat16");
     }
-    return DType::kFloat32;
   }
 
   // A 2-D tensor, columns next to each other, rows at any stride.
@@ -110,7 +110,7 @@ class Checks {
                                           ", expected " + std::to_string(device_) + " like " + first_);
   }
 
-  const char* op_;
+  std::string op_;
   const char* first_;
   int device_;
 };
@@ -131,7 +131,7 @@ class OnDevice {
 };
 
 inline void check_launch(const char* op, cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": ", cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
 }
 
 }  // namespace fastvit
