@@ -72,15 +72,16 @@ def power_of_two_parts(size: int, unit: int, count: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a rule may ask of a device: its multiprocessors, and the bytes of shared memory one program may use."""
+    """What a rule may ask of a device: compute capability, multiprocessors, bytes of shared memory for one program."""
 
+    arch: int
     processors: int
     shared: int
 
     @classmethod
     def of_arch(cls, arch: int) -> Limits:
         """Of A100 (80), H200 (90), B200 (100)."""
-        return {80: cls(108, 163 * 1024), 90: cls(132, 227 * 1024), 100: cls(148, 227 * 1024)}[arch]
+        return {80: cls(80, 108, 163 * 1024), 90: cls(90, 132, 227 * 1024), 100: cls(100, 148, 227 * 1024)}[arch]
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,18 @@ class SumSettings:
         return {"BLOCK_B": self.block_b, "BLOCK_N": self.block_n}
 
 
-PATCH_EMBED_LARGE = {
+# named by the matrix units they feed: mma.sync (8.x, 12.x), wgmma (9.0), tcgen05 (10.x)
+PATCH_EMBED_MMA = {
+    "fwd": PatchEmbedSettings(128, 128, 32, num_warps=8, num_stages=4),
+    "dimages": PatchEmbedSettings(128, 128, 32, num_warps=8, num_stages=4),
+    "dweight": PatchEmbedSettings(128, 128, 32, num_warps=8, num_stages=4),
+}
+PATCH_EMBED_WGMMA = {
     "fwd": PatchEmbedSettings(128, 256, 64, num_warps=8, num_stages=4),
     "dimages": PatchEmbedSettings(128, 128, 64, num_warps=8, num_stages=4),
     "dweight": PatchEmbedSettings(256, 128, 64, num_warps=8, num_stages=4),  # narrow on the side that is gathered
 }
+PATCH_EMBED_TCGEN05 = {**PATCH_EMBED_WGMMA}
 PATCH_EMBED_SMALL = PatchEmbedSettings(64, 64, 64, num_warps=4, num_stages=4)
 PATCH_EMBED_FP32 = PatchEmbedSettings(64, 64, 16, num_warps=4, num_stages=3)  # IEEE products, no tensor cores
 PATCH_EMBED_SUM = SumSettings(block_b=32, block_n=256, num_warps=4)
@@ -131,10 +139,11 @@ def patch_embed_settings(
 
     operand_bytes   of one value of either operand as it lies in memory: the stages must fit the shared memory
     """
+    large = {9: PATCH_EMBED_WGMMA, 10: PATCH_EMBED_TCGEN05}.get(device.arch // 10, PATCH_EMBED_MMA)[kernel]
     if dtype.itemsize == 4:
         choice = PATCH_EMBED_FP32
-    elif PATCH_EMBED_LARGE[kernel].tiles(rows, cols) * splits >= device.processors:
-        choice = PATCH_EMBED_LARGE[kernel]
+    elif large.tiles(rows, cols) * splits >= device.processors:
+        choice = large
     else:
         choice = PATCH_EMBED_SMALL  # more and smaller tiles, so that small batches fill the device too
     stage = choice.block_k * (choice.block_m * operand_bytes[0] + choice.block_n * operand_bytes[1])

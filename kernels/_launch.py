@@ -20,7 +20,8 @@ def limits(device: torch.device) -> Limits:
     if device.type != "cuda":
         return Limits.of_arch(90)
     properties = torch.cuda.get_device_properties(device)
-    return Limits(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    arch = 10 * properties.major + properties.minor
+    return Limits(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 @dataclass(frozen=True)

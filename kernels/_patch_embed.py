@@ -18,51 +18,6 @@ _SIZES = [
 ]  # fmt: skip
 
 
-@triton.jit
-def _patch_start(batch, patch, grid_w, stride_b, stride_i, stride_j):
-    """Offset of a patch's first pixel."""
-    i = patch // grid_w
-    j = patch - i * grid_w
-    return batch.to(tl.int64) * stride_b + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j
-
-
-@triton.jit
-def _pixel_offsets(start, k, stride_0, stride_1, stride_2, DIM_1: tl.constexpr, DIM_2: tl.constexpr, VEC: tl.constexpr):
-    """(rows, K block) offsets of the pixels k of the patches that begin at start."""
-    k = k.to(tl.int64)
-    inner = k // (DIM_1 * DIM_2) * stride_0 + k // DIM_2 % DIM_1 * stride_1 + k % DIM_2 * stride_2
-    offsets = start[:, None] + inner[None, :]
-    if VEC > 1:
-        offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, VEC)), (1, VEC))
-    return offsets
-
-
-@triton.jit
-def _normalisation(k, mean_ptr, std_ptr, C: tl.constexpr, CHANNEL_RUN: tl.constexpr, UNIT: tl.constexpr):
-    """(1, K block) scale and shift: (pixel / UNIT - mean) / std = pixel * scale + shift."""
-    channel = k // CHANNEL_RUN % C
-    scale = tl.full(channel.shape, 1.0 / UNIT, tl.float32)
-    shift = tl.zeros(channel.shape, tl.float32)
-    if std_ptr is not None:
-        inverse = 1.0 / tl.load(std_ptr + channel)
-        scale *= inverse
-    if mean_ptr is not None:
-        shift -= tl.load(mean_ptr + channel)
-        if std_ptr is not None:
-            shift *= inverse
-    return scale[None, :], shift[None, :]
-
-
-@triton.jit
-def _load_k_tail(ptrs, k, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Load (rows, K block); the ragged end of K is zero."""
-    if K % BLOCK == 0:
-        values = tl.load(ptrs)
-    else:
-        values = tl.load(ptrs, mask=(k < K)[None, :], other=0)
-    return values
-
-
 @triton.jit(do_not_specialize=_SIZES)
 def patch_embed_fwd_kernel(
     images_ptr, weight_ptr, bias_ptr, pos_ptr, prefix_ptr, mean_ptr, std_ptr, tokens_ptr,
@@ -71,48 +26,55 @@ def patch_embed_fwd_kernel(
     C: tl.constexpr, CHANNEL_RUN: tl.constexpr, UNIT: tl.constexpr, VEC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # programs that share image rows run side by side: the pixels come from memory once, the rest from L2
+    # programs that share image rows run side by side: the pixels come from memory once, then from L2
     num_n: tl.constexpr = (E + BLOCK_N - 1) // BLOCK_N
-    pid_m = tl.program_id(0) // num_n
-    pid_n = tl.program_id(0) % num_n
-    # rows are all tokens, prefix included: its rows (1 in 197) waste their products and are replaced at the end
-    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(0) // num_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_col = tl.program_id(0) % num_n * BLOCK_N
+    # past the ends the last row and column repeat; they are not stored
+    weight_rows = weight_ptr + tl.minimum(first_col + tl.arange(0, BLOCK_N), E - 1)[:, None] * K
     safe_rows = tl.minimum(rows, num_rows - 1)
-    num_tokens = num_prefix + num_patches
-    batch = safe_rows // num_tokens
-    token = safe_rows - batch * num_tokens
-    start = _patch_start(batch, tl.maximum(token - num_prefix, 0), grid_w, stride_b, stride_i, stride_j)
-    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    safe_cols = tl.minimum(cols, E - 1)
+    batch = safe_rows // num_patches
+    patch = safe_rows - batch * num_patches
+    start = _patch_start(batch, patch, grid_w, stride_b, stride_i, stride_j)
+    scales, shifts = _normalisation(mean_ptr, std_ptr, C, UNIT)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        pixels = _load_k_tail(
-            images_ptr + _pixel_offsets(start, k, stride_0, stride_1, stride_2, DIM_1, DIM_2, VEC), k, K, BLOCK_K
-        )
+        offsets = _pixel_offsets(start, k, stride_0, stride_1, stride_2, DIM_1, DIM_2, VEC)
+        pixels = _load_columns(images_ptr + offsets, k, K, BLOCK_K)
         if UNIT != 1 or mean_ptr is not None or std_ptr is not None:
-            scale, shift = _normalisation(k, mean_ptr, std_ptr, C, CHANNEL_RUN, UNIT)
-            pixels = pixels.to(tl.float32) * scale + shift
-        weight = _load_k_tail(weight_ptr + safe_cols[:, None] * K + k[None, :], k, K, BLOCK_K)
+            # one channel for the whole block where the block divides it
+            channel = k0 // CHANNEL_RUN if CHANNEL_RUN % BLOCK_K == 0 else (k // CHANNEL_RUN % C)[None, :]
+            pixels = _as_float(pixels) * _select(scales, channel, C) + _select(shifts, channel, C)
+        weight = _load_columns(weight_rows + k[None, :], k, K, BLOCK_K)
         acc = dot(cast(pixels, weight.dtype), tl.trans(weight), acc)
 
-    in_cols = (cols < E)[None, :]
-    is_prefix = (token < num_prefix)[:, None]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + safe_cols).to(tl.float32)[None, :]
-    if prefix_ptr is not None:
-        prefix = tl.load(prefix_ptr + token[:, None] * E + cols[None, :], mask=is_prefix & in_cols, other=0)
-        acc = tl.where(is_prefix, prefix.to(tl.float32), acc)
-    if pos_ptr is not None:
-        if POS_ON_PREFIX:
-            pos = tl.load(pos_ptr + token[:, None] * E + cols[None, :], mask=in_cols, other=0)
-        else:
-            pos_row = token - num_prefix
-            pos = tl.load(pos_ptr + pos_row[:, None] * E + cols[None, :], mask=in_cols & ~is_prefix, other=0)
-        acc += pos.to(tl.float32)
-    tokens_ptrs = tokens_ptr + rows.to(tl.int64)[:, None] * E + cols[None, :]
-    tl.store(tokens_ptrs, cast(acc, tokens_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & in_cols)
+    token_rows = tokens_ptr + (rows + batch * num_prefix).to(tl.int64)[:, None] * E
+    in_rows = (rows < num_rows)[:, None]
+    # in halves: position rows for all columns would not fit the registers beside the sums
+    left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    for half in tl.static_range(2):
+        sums = left if half == 0 else right
+        cols = first_col + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        in_cols = cols < E
+        if bias_ptr is not None:
+            sums += tl.load(bias_ptr + cols, mask=in_cols, other=0).to(tl.float32)[None, :]
+        if pos_ptr is not None:
+            pos_rows = patch + num_prefix if POS_ON_PREFIX else patch
+            pos = tl.load(pos_ptr + pos_rows[:, None] * E + cols[None, :], mask=in_cols[None, :], other=0)
+            sums += pos.to(tl.float32)
+        ptrs = token_rows + cols[None, :]
+        mask = in_rows & in_cols[None, :]
+        tl.store(ptrs + num_prefix * E, cast(sums, tokens_ptr.dtype.element_ty), mask=mask)
+        if prefix_ptr is not None:
+            # who holds an image's first patch also writes the rows before it
+            for t in range(num_prefix):
+                row = tl.load(prefix_ptr + t * E + cols, mask=in_cols, other=0).to(tl.float32)
+                if POS_ON_PREFIX:
+                    row += tl.load(pos_ptr + t * E + cols, mask=in_cols, other=0).to(tl.float32)
+                row = tl.broadcast_to(cast(row, tokens_ptr.dtype.element_ty)[None, :], (BLOCK_M, BLOCK_N // 2))
+                tl.store(ptrs + t * E, row, mask=mask & (patch == 0)[:, None])
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -124,43 +86,34 @@ def patch_embed_dimages_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     num_n: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    pid_m = tl.program_id(0) // num_n
-    pid_n = tl.program_id(0) % num_n
-    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.program_id(0) // num_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_rows = tl.minimum(rows, num_rows - 1)
     batch = safe_rows // num_patches
     patch = safe_rows - batch * num_patches
-    dout_rows = (safe_rows + (batch + 1) * num_prefix).to(tl.int64) * E
-    k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    dout_ptr += (safe_rows + (batch + 1) * num_prefix).to(tl.int64)[:, None] * E
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for e0 in range(0, E, BLOCK_K):
         e = e0 + tl.arange(0, BLOCK_K)
-        dout = _load_k_tail(dout_ptr + dout_rows[:, None] + e[None, :], e, E, BLOCK_K)
-        # past E the rows of weight are clamped: the zeros of dout remove them
-        weight = _load_k_tail(weight_ptr + tl.minimum(e, E - 1)[:, None] * K + k[None, :], k, K, BLOCK_N)
+        dout = _load_columns(dout_ptr + e[None, :], e, E, BLOCK_K)
+        # past E the last row of weight repeats: the zeros of dout remove it
+        weight = _load_columns(weight_ptr + tl.minimum(e, E - 1)[:, None] * K + k[None, :], k, K, BLOCK_N)
         acc = dot(dout, weight, acc)
 
-    if std_ptr is not None:
-        acc /= tl.load(std_ptr + k // CHANNEL_RUN % C)[None, :]
+    scales, _ = _normalisation(None, std_ptr, C, UNIT)
+    acc *= _select(scales, (k // CHANNEL_RUN % C)[None, :], C)
     start = _patch_start(batch, patch, grid_w, stride_b, stride_i, stride_j)
     offsets = _pixel_offsets(start, k, stride_0, stride_1, stride_2, DIM_1, DIM_2, VEC)
-    mask = (rows < num_rows)[:, None]
-    if K % BLOCK_N != 0:
-        mask = mask & (k < K)[None, :]
+    mask = (rows < num_rows)[:, None] & (k < K)[None, :]
     tl.store(dimages_ptr + offsets, cast(acc, dimages_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _divide_small(n, d):
-    """n // d without the long integer division; exact below 2^22."""
-    return ((n.to(tl.float32) + 0.5) * (1.0 / d)).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def patch_embed_dweight_kernel(
     dout_ptr, images_ptr, mean_ptr, std_ptr, partial_ptr,
-    num_rows, rows_per_split, num_prefix, num_patches, grid_w, stride_b, stride_i, stride_j, stride_0, stride_1, stride_2,
+    num_rows, rows_per_split, num_prefix,
+    num_patches, grid_w, stride_b, stride_i, stride_j, stride_0, stride_1, stride_2,
     E: tl.constexpr, K: tl.constexpr, DIM_1: tl.constexpr, DIM_2: tl.constexpr,
     C: tl.constexpr, CHANNEL_RUN: tl.constexpr, UNIT: tl.constexpr, VEC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -169,34 +122,36 @@ def patch_embed_dweight_kernel(
     e = tl.program_id(0) // num_n * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    first = split * rows_per_split
-    last = tl.minimum(first + rows_per_split, num_rows)
-    if UNIT != 1 or mean_ptr is not None or std_ptr is not None:
-        scale, shift = _normalisation(k, mean_ptr, std_ptr, C, CHANNEL_RUN, UNIT)
+    first_row = split * rows_per_split
+    count = tl.minimum(rows_per_split, num_rows - first_row)
+    first_batch = first_row // num_patches
+    first_patch = first_row - first_batch * num_patches
+    dout_ptr += (first_row + (first_batch + 1) * num_prefix).to(tl.int64) * E
+    scales, shifts = _normalisation(mean_ptr, std_ptr, C, UNIT)
+    channel = (k // CHANNEL_RUN % C)[None, :]
+    scale, shift = _select(scales, channel, C), _select(shifts, channel, C)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for row in range(first, last, BLOCK_K):
+    for row in range(0, count, BLOCK_K):
         rows = row + tl.arange(0, BLOCK_K)
-        safe_rows = tl.minimum(rows, last - 1)
-        batch = safe_rows // num_patches
-        patch = safe_rows - batch * num_patches
-        dout_rows = (safe_rows + (batch + 1) * num_prefix).to(tl.int64) * E
-        in_e = (rows < last)[:, None] & (e < E)[None, :]
-        dout = tl.load(dout_ptr + dout_rows[:, None] + e[None, :], mask=in_e, other=0)
-        start = _patch_start(batch, patch, grid_w, stride_b, stride_i, stride_j)
-        offsets = _pixel_offsets(start, k, stride_0, stride_1, stride_2, DIM_1, DIM_2, VEC)
         # past the last row the pixels repeat: the zeros of dout remove them
-        pixels = _load_k_tail(images_ptr + offsets, k, K, BLOCK_N)
+        safe_rows = tl.minimum(rows, count - 1)
+        batch = _divide(first_patch + safe_rows, num_patches)
+        patch = first_patch + safe_rows - batch * num_patches
+        dout_rows = (safe_rows + batch * num_prefix).to(tl.int64)[:, None] * E
+        dout = tl.load(dout_ptr + dout_rows + e[None, :], mask=(rows < count)[:, None] & (e < E)[None, :], other=0)
+        start = _patch_start(first_batch + batch, patch, grid_w, stride_b, stride_i, stride_j)
+        offsets = _pixel_offsets(start, k, stride_0, stride_1, stride_2, DIM_1, DIM_2, VEC)
+        pixels = _load_columns(images_ptr + offsets, k, K, BLOCK_N)
         if UNIT != 1 or mean_ptr is not None or std_ptr is not None:
-            pixels = pixels.to(tl.float32) * scale + shift
+            pixels = _as_float(pixels) * scale + shift
         acc = dot(tl.trans(dout), cast(pixels, dout.dtype), acc)
 
-    partial_rows = (split * E + e).to(tl.int64) * K
-    mask = (e < E)[:, None] & (k < K)[None, :]
-    tl.store(partial_ptr + partial_rows[:, None] + k[None, :], acc, mask=mask)
+    partial_ptr += split.to(tl.int64) * E * K
+    tl.store(partial_ptr + e[:, None] * K + k[None, :], acc, mask=(e < E)[:, None] & (k < K)[None, :])
 
 
-@triton.jit(do_not_specialize=["count", "size"])
+@triton.jit(do_not_specialize=["count"])
 def sum_leading_kernel(x_ptr, out_ptr, count, size, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
     """out[n] = sum over b of x[b, n]. BLOCK_B rows are in flight at once; they are folded at the end."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -206,3 +161,69 @@ def sum_leading_kernel(x_ptr, out_ptr, count, size, BLOCK_B: tl.constexpr, BLOCK
         mask = (b < count)[:, None] & (n < size)[None, :]
         acc += tl.load(x_ptr + b.to(tl.int64)[:, None] * size + n[None, :], mask=mask, other=0).to(tl.float32)
     tl.store(out_ptr + n, cast(tl.sum(acc, axis=0), out_ptr.dtype.element_ty), mask=n < size)
+
+
+@triton.jit
+def _divide(n, d):
+    """n // d in three instructions; exact below 2^20, which bounds the patches of an image and the rows of a split."""
+    return ((n.to(tl.float32) + 0.5) * (1.0 / d)).to(tl.int32)
+
+
+@triton.jit
+def _patch_start(batch, patch, grid_w, stride_b, stride_i, stride_j):
+    """Offset of a patch's first pixel."""
+    i = _divide(patch, grid_w)
+    j = patch - i * grid_w
+    return batch.to(tl.int64) * stride_b + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j
+
+
+@triton.jit
+def _pixel_offsets(start, k, stride_0, stride_1, stride_2, DIM_1: tl.constexpr, DIM_2: tl.constexpr, VEC: tl.constexpr):
+    """(rows, K block) offsets of the pixels k of the patches that begin at start."""
+    k0, k1, k2 = k // (DIM_1 * DIM_2), k // DIM_2 % DIM_1, k % DIM_2
+    inner = k0.to(tl.int64) * stride_0 + k1.to(tl.int64) * stride_1 + k2.to(tl.int64) * stride_2
+    offsets = start[:, None] + inner[None, :]
+    if VEC > 1:
+        offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, VEC)), (1, VEC))
+    return offsets
+
+
+@triton.jit
+def _load_columns(ptrs, k, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Load (rows, BLOCK); columns past K are zero."""
+    if K % BLOCK == 0:
+        values = tl.load(ptrs)
+    else:
+        values = tl.load(ptrs, mask=(k < K)[None, :], other=0)
+    return values
+
+
+@triton.jit
+def _normalisation(mean_ptr, std_ptr, C: tl.constexpr, UNIT: tl.constexpr):
+    """Scale and shift of every channel: (pixel / UNIT - mean) / std = pixel * scale + shift."""
+    scales = ()
+    shifts = ()
+    for c in tl.static_range(C):
+        inverse = 1.0 / tl.load(std_ptr + c) if std_ptr is not None else 1.0
+        scales += (inverse / UNIT,)
+        shifts += (-tl.load(mean_ptr + c) * inverse if mean_ptr is not None else 0.0,)
+    return scales, shifts
+
+
+@triton.jit
+def _as_float(pixels):
+    """Pixels in float32. Triton 3.6 gives an IEEE dot whose operand was widened from bytes to the TF32 units of sm_100;
+    it does not look through a sum, and a sum of one value is free."""
+    if pixels.dtype == tl.uint8:
+        return tl.sum(pixels.to(tl.float32)[:, :, None], axis=2)
+    else:
+        return pixels.to(tl.float32)
+
+
+@triton.jit
+def _select(values, index, COUNT: tl.constexpr):
+    """values[index] for a tuple of scalars and a tensor of indices."""
+    value = values[0]
+    for i in tl.static_range(1, COUNT):
+        value = tl.where(index == i, values[i], value)
+    return value

@@ -23,6 +23,7 @@ from ._patch_embed import (
 )
 
 _MIN_ROWS_PER_SPLIT = 512  # shorter reductions cost more in partial sums than they gain
+_MAX_ROWS_PER_SPLIT = 2**19  # the kernel divides row numbers in float32
 
 
 def patch_embed_fwd(
@@ -126,8 +127,8 @@ def _forward(
     device: Limits,
 ) -> Launch:
     batch, num_tokens, dim = tokens.shape
-    num_rows = batch * num_tokens
-    settings = patch_embed_settings(weight.dtype, num_rows, dim, (images.itemsize, weight.itemsize), device)
+    num_rows = batch * view.num_patches
+    settings = patch_embed_settings("fwd", weight.dtype, num_rows, dim, (images.itemsize, weight.itemsize), device)
     optional = [None if t is None else t.contiguous() for t in (bias, pos_embed, prefix, mean, std)]
     arguments = (images, view.matrix(weight), *optional, tokens, num_rows, num_tokens - view.num_patches)
     pos_on_prefix = pos_embed is not None and pos_embed.shape[0] == num_tokens
@@ -146,7 +147,9 @@ def _dimages(
     device: Limits,
 ) -> Launch:
     num_rows = dimages.shape[0] * view.num_patches
-    settings = patch_embed_settings(weight.dtype, num_rows, view.size, (dout.itemsize, weight.itemsize), device)
+    settings = patch_embed_settings(
+        "dimages", weight.dtype, num_rows, view.size, (dout.itemsize, weight.itemsize), device
+    )
     std = None if std is None else std.contiguous()
     arguments = (dout, view.matrix(weight), std, dimages, num_rows, num_prefix)
     constexprs = {"E": weight.shape[0], **view.constexprs(dimages.dtype)}
@@ -168,13 +171,14 @@ def _dweight(
     dim, num_rows = weight.shape[0], images.shape[0] * view.num_patches
     max_splits = triton.cdiv(num_rows, _MIN_ROWS_PER_SPLIT)
     operand_bytes = (dout.itemsize, images.itemsize)
-    settings = patch_embed_settings(weight.dtype, dim, view.size, operand_bytes, device, max_splits)
-    rows_per_split = triton.cdiv(triton.cdiv(num_rows, settings.splits), settings.block_k) * settings.block_k
-    partial = dout.new_empty((settings.splits, dim, view.size), dtype=torch.float32)
+    settings = patch_embed_settings("dweight", weight.dtype, dim, view.size, operand_bytes, device, max_splits)
+    splits = max(settings.splits, triton.cdiv(num_rows, _MAX_ROWS_PER_SPLIT))
+    rows_per_split = triton.cdiv(triton.cdiv(num_rows, splits), settings.block_k) * settings.block_k
+    partial = dout.new_empty((splits, dim, view.size), dtype=torch.float32)
     mean, std = (None if t is None else t.contiguous() for t in (mean, std))
     arguments = (dout, images, mean, std, partial, num_rows, rows_per_split, num_prefix)
     constexprs = {"E": dim, **view.constexprs(images.dtype)}
-    grid = (settings.tiles(dim, view.size), settings.splits)
+    grid = (settings.tiles(dim, view.size), splits)
     return Launch.of(patch_embed_dweight_kernel, grid, arguments + view.sizes(), constexprs, settings), partial
 
 
