@@ -67,13 +67,9 @@ def trained_vit(*, offline: bool = False, progress: Progress | None = None) -> P
 
     source = fetch(TRAINED_VIT, offline=offline, progress=progress) / "vit_s_focus.onnx"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(target) as part:
-            convert_onnx(source, part)
+        convert_onnx(source, target)
     except ImportError as error:
-        raise DataError(
-            f"{TRAINED_VIT.what}: converting it needs the package {error.name}: pip install 'fastvit[convert]'"
-        ) from error
+        raise DataError(f"{TRAINED_VIT.what}: {error}") from error
     except OSError as error:
         raise DataError(
             f"{TRAINED_VIT.what}: cannot write {target}: {error.strerror or error}. "
