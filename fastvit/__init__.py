@@ -8,8 +8,9 @@
 """
 
 from . import ops, reference
+from .accelerate import accelerate, explain, restore
 from .dispatch import Unsupported, use_backend
 
 __version__ = "0.1.0"
 
-__all__ = ["Unsupported", "__version__", "ops", "reference", "use_backend"]
+__all__ = ["Unsupported", "__version__", "accelerate", "explain", "ops", "reference", "restore", "use_backend"]

@@ -1,0 +1,217 @@
+"""The report of ``fastvit.explain``: which kernel runs each part, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _extension
+from ..dispatch import OPS, Unsupported, use_backend
+from ..fused import activation_name, why_not_fused
+from . import _vit, find_adapter
+from ._override import is_patched, overridden
+
+CLASS_TOKEN = "class token only"
+_STOCK = "stock"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One part of one module."""
+
+    module: str
+    """Its name in the model, such as "blocks.0"."""
+    part: str
+    """The op that stands for it, or "class token only"."""
+    fused: bool
+    backend: str
+    """What runs it: a backend's name, or "stock" where the modules themselves do."""
+    reasons: list[str] = field(default_factory=list)
+    """Why it is not fused; empty when it is."""
+    refused: dict[str, list[str]] = field(default_factory=dict)
+    """For each backend that cannot run it: why."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows for programs, a table for people."""
+
+    model: str
+    rows: list[Row]
+    note: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.model]
+        if self.rows:
+            lines.append(f"{'module':<24}{'part':<20}{'runs on':<10}why")
+        for alike, group in groupby(self.in_order(), key=lambda row: (row.part, row.backend, _why(row))):
+            names = [row.module for row in group]
+            shown = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1].rpartition('.')[2]}"
+            part, backend, why = alike
+            first, *more = why or [""]
+            lines.append(f"{shown or '(model)':<24}{part:<20}{backend:<10}{first}".rstrip())
+            lines += [f"{'':<54}{reason}" for reason in more]
+        return "\n".join([*lines, self.note] if self.note else lines)
+
+    def in_order(self) -> list[Row]:
+        """Rows part by part, so that the same part of successive blocks stands together."""
+        parts = list(dict.fromkeys(row.part for row in self.rows))
+        return sorted(self.rows, key=lambda row: parts.index(row.part))
+
+
+def _why(row: Row) -> list[str]:
+    refused = [f"{name}: {'; '.join(reasons)}" for name, reasons in row.refused.items()]
+    return [*row.reasons, *([row.note] if row.note else []), *(refused if row.fused else [])]
+
+
+def report(model: nn.Module) -> Report:
+    rows = list(_rows(model))
+    note = _pack_note() if rows else f"nothing here is known to fastvit: {type(model).__qualname__} holds no ViT of "
+    if not rows:
+        note += "timm's or fastvit's"
+    return Report(f"{type(model).__qualname__}, {'training' if model.training else 'eval'} mode", rows, note)
+
+
+def _pack_note() -> str:
+    cpp = _extension.cpp()
+    if cpp is None:
+        return ""
+    info = cpp.pack_cache_info()
+    return f"packed weights kept: {info['entries']}, {info['bytes'] / 2**20:.1f} MB"
+
+
+def _rows(model: nn.Module) -> Iterator[Row]:
+    for name, module in model.named_modules():
+        adapter = find_adapter(module)
+        if adapter is None:
+            continue
+        left_alone = _why_left_alone(module, adapter.is_fast)
+        if adapter.part == "block":
+            yield from _block_rows(name, module, left_alone)
+        else:
+            yield from _model_rows(name, module, left_alone)
+
+
+def _why_left_alone(module: nn.Module, is_fast: bool) -> list[str]:
+    if is_patched(module):
+        return ["forward was replaced on this instance"]
+    if is_fast or overridden(module) is not None:
+        return []
+    return ["not accelerated"]
+
+
+def _model_rows(name: str, vit: Any, left_alone: list[str]) -> Iterator[Row]:
+    whole = left_alone or _vit.why_not_whole(vit)
+    reasons = whole or _vit.why_not_embed(vit)
+    yield _row(name, "patch_embed", reasons, vit, () if reasons else _embed_arguments(vit))
+    override = overridden(vit)
+    wanted = vit.cls_only_last_block if override is None and not left_alone else True
+    if override is not None:
+        wanted = override.options["options"]["cls_only_last_block"]
+    reasons = whole or ([] if wanted else ["cls_only_last_block is False"]) or _vit.why_not_class_token_only(vit)
+    note = "" if reasons else "the head reads nothing else"
+    yield Row(name, CLASS_TOKEN, not reasons, "" if not reasons else _STOCK, reasons, note=note)
+    for index, block in enumerate(vit.blocks):
+        if find_adapter(block) is None:
+            reason = f"{type(block).__qualname__} is not a block that fastvit knows"
+            yield Row(f"{name}.blocks.{index}".lstrip("."), "block", False, _STOCK, [reason])
+
+
+def _block_rows(name: str, block: Any, left_alone: list[str]) -> Iterator[Row]:
+    by_op: dict[str, list[str]] = {op: list(left_alone) for op in _MODULES}
+    for reason in [] if left_alone else why_not_fused(block):
+        for op in _ops_of(reason):
+            by_op[op].append(reason)
+    for op, reasons in by_op.items():
+        yield _row(name, op, reasons, block, () if reasons else _ARGUMENTS[op](block))
+
+
+def _row(name: str, op: str, reasons: list[str], module: nn.Module, arguments: tuple) -> Row:
+    """``arguments`` of the op as this module would give them; () when it is not called."""
+    if reasons:
+        return Row(name, op, False, _STOCK, reasons)
+    override = overridden(module)
+    with use_backend(**(override.options["backend"] if override else {})):
+        refused = {backend: why for backend, why in OPS[op].explain(*arguments).items() if why}
+        try:
+            return Row(name, op, True, OPS[op].select(*arguments).name, refused=refused)
+        except Unsupported as error:
+            return Row(name, op, False, "", [str(error)], refused)
+
+
+# Which op stands for which modules of a block: a reason of why_not_fused begins with the name of one of them.
+_MODULES = {
+    "layernorm_linear": ("norm1", "attn.qkv"),
+    "attention_packed": ("attn.q_norm", "attn.k_norm", "attn.norm"),
+    "linear_residual": ("attn.proj", "attn.proj_drop", "ls1", "drop_path1"),
+    "layernorm_mlp": ("norm2", "mlp", "ls2", "drop_path2"),
+}
+
+
+def _ops_of(reason: str) -> list[str]:
+    """The ops that ``reason`` is about; all of attention's for "attn" itself, all four for the block."""
+    subject = reason.split(" ", 1)[0]
+    named = [op for op, names in _MODULES.items() for name in names if f"{subject}.".startswith(f"{name}.")]
+    if named:
+        return named[:1]
+    return [op for op in _MODULES if op != "layernorm_mlp"] if subject.startswith("attn") else list(_MODULES)
+
+
+def _tokens(weight: Tensor, width: int) -> Tensor:
+    return weight.new_empty(1, 2, width, dtype=_dtype(weight))
+
+
+def _dtype(weight: Tensor) -> torch.dtype:
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _norm_linear_arguments(block: Any) -> tuple:
+    norm, qkv = block.norm1, block.attn.qkv
+    return _tokens(qkv.weight, qkv.in_features), norm.weight, norm.bias, *_linear(qkv), norm.eps
+
+
+def _attention_arguments(block: Any) -> tuple:
+    attn = block.attn
+    dropout_p = getattr(attn.attn_drop, "p", 0.0) if attn.attn_drop.training else 0.0
+    like = next(block.parameters())  # qkv may be anything that gives packed tokens
+    return _tokens(like, 3 * attn.num_heads * attn.head_dim), attn.num_heads, dropout_p, attn.scale
+
+
+def _project_arguments(block: Any) -> tuple:
+    proj = block.attn.proj
+    x, residual = _tokens(proj.weight, proj.in_features), _tokens(proj.weight, proj.out_features)
+    return x, *_linear(proj), residual, getattr(block.ls1, "gamma", None), None
+
+
+def _mlp_arguments(block: Any) -> tuple:
+    norm, mlp = block.norm2, block.mlp
+    x = _tokens(mlp.fc1.weight, mlp.fc1.in_features)
+    gamma = getattr(block.ls2, "gamma", None)
+    weights = (norm.weight, norm.bias, *_linear(mlp.fc1), *_linear(mlp.fc2))
+    return x, *weights, gamma, None, activation_name(mlp.act), norm.eps, True
+
+
+def _embed_arguments(vit: Any) -> tuple:
+    proj = vit.patch_embed.proj
+    images = proj.weight.new_empty(1, *proj.weight.shape[1:], dtype=_dtype(proj.weight))
+    return images, *_linear(proj), None, None, None, None
+
+
+def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
+    dtype = _dtype(module.weight)
+    return module.weight.to(dtype), None if module.bias is None else module.bias.to(dtype)
+
+
+_ARGUMENTS = {
+    "layernorm_linear": _norm_linear_arguments,
+    "attention_packed": _attention_arguments,
+    "linear_residual": _project_arguments,
+    "layernorm_mlp": _mlp_arguments,
+}
