@@ -39,29 +39,57 @@ _HOMES = {
     "Attention": (_OURS, "timm.layers.attention", _TIMM_VIT),
     "Mlp": (_OURS, "timm.layers.mlp"),
     "GluMlp": (_OURS, "timm.layers.mlp"),
+    "SwiGLU": (_OURS, "timm.layers.mlp"),
+    "LayerNormFp32": ("fastvit.norm_act", "timm.layers.norm"),
+    "RmsNorm": ("fastvit.norm_act", "timm.layers.norm"),
     "PatchEmbed": (_OURS, "timm.layers.patch_embed"),
     "Block": (_OURS, _TIMM_VIT),
 }
+for _name in (
+    "CELU",
+    "ELU",
+    "Hardsigmoid",
+    "Hardswish",
+    "LeakyReLU",
+    "Mish",
+    "ReLU",
+    "SELU",
+    "SiLU",
+    "Sigmoid",
+    "Tanh",
+):
+    _HOMES[_name] = ("torch.nn.modules.activation",)
 _KINDS = {(home, f"{kind}.forward"): kind for kind, homes in _HOMES.items() for home in homes}
+_KIND_OF_TYPE: dict[type, str] = {}
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
 
 def kind_of(module: nn.Module | None) -> str:
-    """What ``module`` computes, as one of the names above; "" when that is unknown. None counts as Identity."""
-    if module is None:
-        return "Identity"
-    forward = type(module).forward
-    return _KINDS.get((forward.__module__, forward.__qualname__), "")
+    """What ``module`` computes, as one of the names above; "" when that is unknown. None counts as Identity.
+
+    Of the named kinds only Attention, Block and PatchEmbed mix tokens.
+    """
+    return "Identity" if module is None else _kind_of_type(type(module))
+
+
+@torch.compiler.assume_constant_result
+def _kind_of_type(module_type: type) -> str:
+    kind = _KIND_OF_TYPE.get(module_type)
+    if kind is None:
+        forward = module_type.forward  # type: ignore[attr-defined]
+        kind = _KIND_OF_TYPE[module_type] = _KINDS.get((forward.__module__, forward.__qualname__), "")
+    return kind
 
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a hook wants to see the calls of ``module``."""
+    own = module.__dict__
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     )
 
 
-def why_not_skip(module: nn.Module | None, name: str, *kinds: str) -> list[str]:
+def why_not_skip(module: Any, name: str, *kinds: str) -> list[str]:
     """Reasons why an op may not stand in for ``module``: it is none of ``kinds``, or its call is watched or changed."""
     kind = kind_of(module)
     if kind not in kinds:
@@ -70,14 +98,15 @@ def why_not_skip(module: nn.Module | None, name: str, *kinds: str) -> list[str]:
         return []
     if is_watched(module):
         return [f"{name} has hooks, which a fused op would not call"]
-    if "forward" in module.__dict__:
+    own = module.__dict__  # not getattr: this runs at every forward, and a missing attribute is slow to miss
+    if "forward" in own:
         return [f"{name}.forward was replaced on this instance"]
-    if "parametrizations" in module._modules:
+    if "parametrizations" in own["_modules"]:
         return [f"{name} is parametrised, so its weight is computed at each call"]
-    weight = module._parameters.get("weight")
+    weight = own["_parameters"].get("weight")
     if weight is not None and type(weight) not in (nn.Parameter, Tensor):
         return [f"{name}.weight is a {type(weight).__name__}, the fused ops take plain tensors"]
-    if kind == "LayerNorm" and (len(module.normalized_shape) != 1 or getattr(module, "_fast_norm", False)):
+    if kind == "LayerNorm" and (len(own["normalized_shape"]) != 1 or own.get("_fast_norm")):
         return [f"{name} normalises over {tuple(module.normalized_shape)} or by timm's fast norm, expected (E,)"]
     return []
 
@@ -102,7 +131,7 @@ def _why_not_attention_module(attn: nn.Module) -> list[str]:
         return ["attn.fused_attn is False, so the attention weights are wanted"]
     if getattr(attn, "gate", None) is not None:
         return ["attn.gate gates the attention output"]
-    return why_not_skip(attn.attn_drop, "attn.attn_drop", "Dropout", "Identity")
+    return []
 
 
 def _why_not_packed(attn: nn.Module) -> list[str]:
@@ -188,14 +217,15 @@ def block_forward(block: Any, x: Tensor, attn_mask: Tensor | None = None, is_cau
 def class_token_block_forward(block: Any, x: Tensor) -> Tensor:
     """``block(x)[:, :1]`` without the work for the other tokens: the last block when only the class token is read.
 
-    Keys and values come from all tokens; the query, the projection and the MLP run for token 0.
+    Keys and values come from all tokens; the query, the projection and the MLP run for token 0. A hook or a module of
+    an unknown kind, which may want all tokens, gets them.
 
     x        (B, N, E)
     returns  (B, 1, E)
     """
     attn = block.attn
     if (
-        any(is_watched(module) for module in block.modules())
+        any(is_watched(module) or not kind_of(module) for module in block.modules())
         or _why_not_block(block)
         or _why_not_attention_module(attn)
         or _why_not_norm_linear(block.norm1, "norm1", attn.qkv, "attn.qkv")
@@ -317,11 +347,10 @@ def _call_attention(attn: nn.Module, x: Tensor, attn_mask: Tensor | None, is_cau
 
 def branch_scales(scale: Any, drop_path: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """LayerScale's gamma (E,) and DropPath's factor for each sample (B,): 0 or, when it rescales, 1 / keep_prob."""
-    gamma = getattr(scale, "gamma", None)
-    drop_prob = getattr(drop_path, "drop_prob", 0.0) or 0.0
-    if drop_prob == 0.0 or not drop_path.training:
+    gamma = scale.gamma if kind_of(scale) == "LayerScale" else None
+    if kind_of(drop_path) != "DropPath" or not drop_path.drop_prob or not drop_path.training:
         return gamma, None
-    keep_prob = 1.0 - drop_prob
+    keep_prob = 1.0 - drop_path.drop_prob
     row_scale = x.new_empty(x.shape[0]).bernoulli_(keep_prob)
     if keep_prob > 0.0 and drop_path.scale_by_keep:
         row_scale.div_(keep_prob)
@@ -358,10 +387,12 @@ def embed_forward(vit: Any, images: Tensor, mean: Tensor | None = None, std: Ten
     mean, std  (C,)            in units of [0, 1] pixels
     returns    (B, T + L, E)
     """
+    if isinstance(images, torch.fx.Proxy):  # its size and dtype are not known yet
+        return vit._pos_embed(vit.patch_embed(images))
     embed, weight = vit.patch_embed, vit.patch_embed.proj.weight
     if images.dtype == torch.uint8 and embed.dynamic_img_pad:  # timm pads after normalising: the border is the mean
         images, mean, std = normalize_pixels(images, mean, std, weight.dtype), None, None
-    grid = None if isinstance(images, torch.fx.Proxy) or why_not_fused_embed(vit) else _grid(embed, images)
+    grid = None if why_not_fused_embed(vit) else _grid(embed, images)
     if grid is None:
         pixels = images if mean is None else normalize_pixels(images, mean, std, weight.dtype)
         return vit._pos_embed(embed(pixels))

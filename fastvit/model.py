@@ -218,7 +218,7 @@ class VisionTransformer(IntermediateLayers):
         mode = mode or self.weight_init_mode
         one_of("mode", mode, initial.MODES)
         if self.pos_embed is not None:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            initial.truncated_normal_(self.pos_embed, std=0.02)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=1e-6)

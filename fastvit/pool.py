@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .fused import mlp_residual
 from .layers import Mlp
 from .ops import attention
+from .weight_init import truncated_normal_
 
 torch.fx.wrap("attention")
 
@@ -81,8 +82,8 @@ class AttentionPoolLatent(nn.Module):
     def init_weights(self) -> None:
         with torch.no_grad():
             if self.pos_embed is not None:
-                nn.init.trunc_normal_(self.pos_embed, std=1.0).mul_(self.pos_embed.shape[1] ** -0.5)
-            nn.init.trunc_normal_(self.latent, std=1.0).mul_(self.latent_dim**-0.5)
+                truncated_normal_(self.pos_embed).mul_(self.pos_embed.shape[1] ** -0.5)
+            truncated_normal_(self.latent).mul_(self.latent_dim**-0.5)
 
     @property
     def norm2(self) -> nn.Module:

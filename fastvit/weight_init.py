@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 MODES = ("", "jax", "jax_nlhb", "moco", "reset")
 
@@ -41,10 +41,17 @@ def _children_first(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
         yield path, child
 
 
+def truncated_normal_(tensor: Tensor, std: float = 1.0, limit: float = 2.0) -> Tensor:
+    """Fill with a normal distribution cut off at ``limit``, by the inverse of its cumulative distribution."""
+    share = math.erf(limit / (std * math.sqrt(2.0)))
+    with torch.no_grad():
+        return tensor.uniform_(-share, share).erfinv_().mul_(std * math.sqrt(2.0)).clamp_(-limit, limit)
+
+
 def _truncated_normal(module: nn.Module, name: str) -> bool:
     if not isinstance(module, nn.Linear):
         return False
-    nn.init.trunc_normal_(module.weight, std=0.02)
+    truncated_normal_(module.weight, std=0.02)
     _zero_bias(module)
     return True
 
@@ -79,11 +86,11 @@ def _moco(module: nn.Module, name: str) -> bool:
     return True
 
 
-def _lecun_normal(weight: torch.Tensor) -> None:
+def _lecun_normal(weight: Tensor) -> None:
     """Truncated at two standard deviations, which 0.8796 puts back to unit variance."""
     fan_in = weight[0].numel()
     with torch.no_grad():
-        nn.init.trunc_normal_(weight, std=1.0).mul_(fan_in**-0.5 / 0.87962566103423978)
+        truncated_normal_(weight).mul_(fan_in**-0.5 / 0.87962566103423978)
 
 
 def _zero_bias(module: nn.Linear | nn.Conv2d) -> None:
