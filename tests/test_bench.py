@@ -1,0 +1,182 @@
+"""The benchmark library: what it counts, what it refuses, and the form of what it returns."""
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvit import bench, ops
+from fastvit.bench import stock, timing
+from fastvit.bench.costs import model_flops, op_cost
+from fastvit.model import create_model
+from fastvit.testing import VIT_SHAPES, assert_op_as_accurate, make_inputs
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = VIT_SHAPES["base"]
+
+
+def results_check():
+    spec = importlib.util.spec_from_file_location("results_check", ROOT / "benchmarks" / "results_check.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("op", "gflop", "mb"),
+    [
+        ("layernorm_linear", 178.5, 313),
+        ("attention", 30.5, 310),
+        ("linear_residual", 59.5, 234),
+        ("layernorm_mlp", 476.0, 862),
+    ],
+)
+def test_costs_of_one_layer_at_batch_256(op, gflop, mb):
+    cost = op_cost(op, BASE, 256, itemsize=2)
+    assert cost.flops / 1e9 == pytest.approx(gflop, rel=2e-3)
+    assert cost.bytes / 1e6 == pytest.approx(mb, rel=3e-3)
+
+
+def test_whole_model_is_35_gflop_an_image():
+    assert model_flops(BASE, 12, 1) / 1e9 == pytest.approx(35.1, rel=2e-3)
+    assert model_flops(BASE, 12, 1, "train") == 3 * model_flops(BASE, 12, 1)
+
+
+@pytest.mark.parametrize("op", bench.OPS)
+def test_stock_ops_mean_what_the_reference_means(op):
+    inputs = make_inputs(op, VIT_SHAPES["tiny"], 2, torch.float32)
+    assert_op_as_accurate(op, getattr(stock, op), inputs)
+
+
+def test_stock_model_computes_what_fastvit_computes():
+    torch.manual_seed(0)
+    model = create_model("vit_tiny_patch16_224", num_classes=10).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    baseline = stock.VisionTransformer(192, 12, 3, 768, num_classes=10)
+    baseline.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), baseline(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd", "full"])
+def test_rows_of_an_op_have_the_committed_form(mode):
+    result = bench.run(["linear_residual"], batch=1, mode=mode, rounds=2, shape="tiny", device="cpu")
+    result = json.loads(json.dumps(result))
+    assert not result["refused"]
+    assert [row["provider"] for row in result["rows"]] == ["fastvit", "eager"]
+    assert not list(results_check().check(result))
+    ours, eager = result["rows"]
+    assert eager["ratio_to_eager"] == 1.0
+    assert ours["ratio_to_eager"] == pytest.approx(torch.tensor(ours["ratios_to_eager"]).quantile(0.5).item(), rel=1e-6)
+    assert ours["error"] < 1e-5
+
+
+def test_rows_of_a_model_have_the_committed_form():
+    result = bench.run(models=["vit_tiny_patch16_224"], batch=1, rounds=1, device="cpu", dtype="bf16")
+    assert not result["refused"]
+    assert not list(results_check().check(json.loads(json.dumps(result))))
+    assert result["rows"][0]["images_per_s"] == pytest.approx(1000 / result["rows"][0]["p50_ms"])
+
+
+@pytest.mark.parametrize("mode", ["fwd", "bwd"])
+def test_a_wrong_result_is_refused_not_timed(monkeypatch, mode):
+    right = ops.linear_residual
+    monkeypatch.setattr(ops, "linear_residual", lambda x, *args, **kwargs: right(1.001 * x, *args, **kwargs))
+    result = bench.run(["linear_residual"], batch=1, mode=mode, rounds=1, shape="tiny", device="cpu")
+    assert [row["provider"] for row in result["rows"]] == ["eager"]
+    (refusal,) = result["refused"]
+    assert refusal["provider"] == "fastvit"
+    assert "max error" in refusal["reason"]
+
+
+def test_a_wrong_gradient_alone_is_refused_in_bwd(monkeypatch):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 1.01 * grad
+
+    right = ops.linear_residual
+    monkeypatch.setattr(ops, "linear_residual", lambda x, *args, **kwargs: right(Wrong.apply(x), *args, **kwargs))
+    arguments = {"ops": ["linear_residual"], "batch": 1, "rounds": 1, "shape": "tiny", "device": "cpu"}
+    assert not bench.run(**arguments, mode="fwd")["refused"]
+    (refusal,) = bench.run(**arguments, mode="bwd")["refused"]
+    assert refusal["reason"].startswith("grad_x")
+
+
+def test_nan_is_refused(monkeypatch):
+    monkeypatch.setattr(ops, "linear_residual", lambda x, *_, residual, **__: residual * float("nan"))
+    (refusal,) = bench.run(["linear_residual"], batch=1, rounds=1, shape="tiny", device="cpu")["refused"]
+    assert "not finite" in refusal["reason"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ops": ["mlp"]}, "bench: op is 'mlp'"),
+        ({"providers": ["stock"]}, "bench: provider is 'stock'"),
+        ({"mode": "infer"}, "bench: mode is 'infer'"),
+        ({"dtype": "int8"}, "bench: dtype is 'int8'"),
+        ({"shape": "giant"}, "bench: shape is 'giant'"),
+        ({"batch": 0}, "batch is 0"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bench.run(**{"ops": ["attention"], "device": "cpu"} | arguments)
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    bench.run(["linear_residual"], batch=1, rounds=1, shape="tiny", device="cpu", threads=1)
+    assert torch.get_num_threads() == before
+
+
+def test_rounds_interleave_and_change_order():
+    order = []
+    candidates = [timing.Candidate(name, lambda _, name=name: order.append(name)) for name in "ab"]
+    timing.interleave(candidates, 2, torch.device("cpu"))
+    runs = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert "".join(runs) == "ababa"  # warm-up a, b; round one a, b; round two b, a
+
+
+def test_only_the_call_is_on_the_clock():
+    candidate = timing.Candidate("x", lambda state: time.sleep(0.001), lambda: time.sleep(0.02))
+    (rounds,) = timing.interleave([candidate], 1, torch.device("cpu"))
+    assert max(sample for samples in rounds for sample in samples) < 15
+
+
+def test_percentiles_are_numpys():
+    values = [3.0, 1.0, 4.0, 1.5, 9.0]
+    for share in (0.2, 0.5, 0.8):
+        expected = torch.tensor(values, dtype=torch.float64).quantile(share).item()
+        assert timing.percentile(values, share) == pytest.approx(expected)
+
+
+def test_a_broken_result_file_is_caught():
+    check = results_check().check
+    row = {"op": "attention", "provider": "fastvit", "mode": "fwd", "dtype": "float32", "batch": 1, "error": 1e-7}
+    row |= dict.fromkeys(("tflops", "gbps", "peak_mb", "ceiling_share"), 1.0)
+    row |= {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "raw_ms": [[1.0, 2.0, 3.0]]}
+    machine = dict.fromkeys(("device", "driver", "torch", "triton", "python", "commit", "date"), "x")
+    eager = row | {"provider": "eager"}
+    assert not list(check({"machine": machine, "rows": [row, eager]}))
+    assert any("no eager row" in problem for problem in check({"machine": machine, "rows": [row]}))
+    assert any("error is null" in p for p in check({"machine": machine, "rows": [row | {"error": None}, eager]}))
+    assert any("not in order" in p for p in check({"machine": machine, "rows": [row | {"p20_ms": 5.0}, eager]}))
+    assert any("raw_ms" in p for p in check({"machine": machine, "rows": [row | {"raw_ms": [[9.0]]}, eager]}))
+    assert any("commit" in problem for problem in check({"machine": machine | {"commit": None}, "rows": [row, eager]}))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark")
+def test_peak_memory_sees_a_large_temporary():
+    candidate = timing.Candidate("x", lambda _: torch.ones(64 << 20).sum())
+    assert 256 < timing.peak_mb(candidate, torch.device("cpu")) < 300
