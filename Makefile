@@ -8,6 +8,9 @@ IN_VENV := $(filter $(VENV)/%,$(PYTHON))
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 MAX_JOBS ?= $(shell nproc)
 export MAX_JOBS
+ifeq ($(IN_VENV),)
+export PYTHONPATH := $(CURDIR)
+endif
 export PATH := $(if $(IN_VENV),$(abspath $(VENV))/bin:)$(PATH)
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -16,12 +19,12 @@ BUILT := build/.built-$(shell $(PYTHON) -c 'import sys; print(sys.implementation
 SANITIZED := build/sanitize
 CHECKS := setup lint types unit interpreter sanitize aot wheel-test results-check
 
-.PHONY: help setup demo test lint types unit interpreter sanitize aot wheel wheel-test bench gpu results-check format \
-	clean
+.PHONY: help setup demo test lint types unit interpreter sanitize aot wheel wheel-test bench gpu results \
+	results-check format clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "setup demo test lint types unit interpreter sanitize aot wheel wheel-test bench gpu results-check format clean"
+	@echo "setup demo test lint types unit interpreter sanitize aot wheel wheel-test bench gpu results results-check format clean"
 	@sed -n '1,/^[A-Z]* ?=/{s/^# //p}' Makefile
 
 setup: $(READY) $(BUILT)
@@ -84,6 +87,10 @@ bench: setup
 # Nothing to download and at most ten minutes; see benchmarks/gpu.py
 gpu: $(READY)
 	@$(PYTHON) benchmarks/gpu.py $(if $(STAGES),--stages $(STAGES)) $(ARGS)
+
+# README's tables, from the result files
+results: $(READY)
+	@$(PYTHON) benchmarks/results.py
 
 results-check: $(READY)
 	@$(PYTHON) benchmarks/results_check.py
