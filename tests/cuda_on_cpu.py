@@ -1,0 +1,94 @@
+"""Build csrc/cuda for the CPU: the same glue, launchers and kernels, with every CUDA thread a fiber.
+
+``library()`` gives ``torch.ops.fastvit_cuda_on_cpu``: the ops of ``torch.ops.fastvit_cuda``, taking CPU tensors.
+Needs nvcc's headers and a C++ compiler, no GPU. What it cannot show: speed, and bugs that need threads in parallel.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "fastvit_cuda_on_cpu"
+MULTIPROCESSORS = 2
+
+RUNTIME = f"""
+#include <cuda_runtime_api.h>
+#include <cstdint>
+extern "C" {{
+cudaError_t cudaGetDevice(int* device) {{ *device = 0; return cudaSuccess; }}
+cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr, int) {{ *v = {MULTIPROCESSORS}; return cudaSuccess; }}
+cudaError_t cudaGetLastError() {{ return cudaSuccess; }}
+const char* cudaGetErrorString(cudaError_t) {{ return "error"; }}
+int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {{ *stream = nullptr; return 0; }}
+int32_t aoti_torch_create_device_guard(int32_t, void** guard) {{ *guard = nullptr; return 0; }}
+int32_t aoti_torch_delete_device_guard(void*) {{ return 0; }}
+}}
+"""
+
+
+def why_not() -> str:
+    """Why the kernels cannot be built for the CPU here; empty where they can."""
+    missing = [tool for tool in ("nvcc", "c++") if not shutil.which(tool)]
+    return f"{' and '.join(missing)} not on the PATH" if missing else ""
+
+
+def translate(source: str) -> str:
+    """CUDA C++ -> C++: launches become calls, the ops get a name and a device of their own."""
+    launch = re.compile(r"([\w:]+(?:<[\w, :]*>)?)<<<(.*?), 0, stream>>>\((.*?)\);", re.DOTALL)
+
+    def replace(match: re.Match) -> str:
+        kernel, sizes, arguments = match.groups()
+        grid, block = (part.strip() for part in re.split(r",(?![^()]*\))", sizes))
+        if kernel in re.findall(r"void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", source) or "<" in kernel:
+            return f"cuda_on_cpu::launch(dim3({grid}), dim3({block}), [&] {{ {kernel}({arguments}); }});"
+        raise ValueError(f"cuda_on_cpu: cannot read the launch of {kernel}")
+
+    translated = launch.sub(replace, source)
+    assert "<<<" not in translated, "a launch was not translated"
+    return translated.replace("fastvit_cuda, CUDA, m", f"{NAME}, CPU, m").replace("(fastvit_cuda, m)", f"({NAME}, m)")
+
+
+@functools.cache
+def library():
+    """The ops, built once a process."""
+    work = Path(tempfile.mkdtemp(prefix="cuda-on-cpu-"))
+    try:
+        _build(work)
+        torch.ops.load_library(str(work / "library.so"))
+    finally:
+        shutil.rmtree(work)
+    return getattr(torch.ops, NAME)
+
+
+def _build(work: Path) -> None:
+    (work / "cuda").mkdir()
+    (work / "runtime.cpp").write_text(RUNTIME)
+    for path in sorted((ROOT / "csrc" / "cuda").iterdir()):
+        name = f"{path.name}.cpp" if path.suffix == ".cu" else path.name
+        (work / "cuda" / name).write_text(translate(path.read_text()))
+    includes = [f"-I{work}", f"-I{ROOT / 'csrc'}", *(f"-I{path}" for path in include_paths())]
+    defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    host = "-fPIC,-fpermissive,-w,-include," + str(ROOT / "tests" / "cuda_on_cpu.h")
+    base = ["nvcc", "-x", "c++", "-std=c++20", "-O1", *includes, *defines]
+    objects = []
+    for source in [work / "runtime.cpp", *sorted((work / "cuda").glob("*.cpp"))]:
+        objects.append(str(work / f"{source.name}.o"))
+        flags = [] if source.name in ("runtime.cpp", "layernorm_mlp.cpp") else [f"-Xcompiler={host}"]
+        _run([*base, "-Xcompiler=-fPIC", *flags, "-c", str(source), "-o", objects[-1]])
+    libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+    _run(["c++", "-shared", "-Wl,-Bsymbolic", *objects, *libraries, "-o", str(work / "library.so")])
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")

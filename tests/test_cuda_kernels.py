@@ -1,0 +1,287 @@
+"""Every pass of csrc/cuda against float64: on a GPU where there is one, and as fibers on the CPU (cuda_on_cpu.py)."""
+
+import cuda_on_cpu
+import cuda_passes
+import pytest
+import torch
+
+from fastvit import _extension, reference, testing
+from fastvit.ops import _cuda
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# (residual stream, weights): one dtype, or float32 beside 16 bits under autocast
+PAIRS = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
+WIDTHS = [33, 192, 768, 1280, 4304]
+BATCHES = [(0, 5), (1, 1), (3, 17)]  # samples, tokens
+HAS_GPU = torch.cuda.is_available() and not _extension.why_not_cuda()
+
+
+class Device:
+    """Where the kernels run, and random tensors there."""
+
+    def __init__(self, name):
+        self.name = name
+        self.ops = torch.ops.fastvit_cuda if name == "cuda" else cuda_on_cpu.library()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def draw(self, *size, dtype=F32, scale=1.0, shift=0.0, slices=False):
+        values = torch.randn(*size, generator=self.generator) * scale + shift
+        values = values.to(self.name, dtype)
+        return testing.sliced(values) if slices else values
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="no GPU, or the CUDA library is not built")),
+        pytest.param("cpu", marks=pytest.mark.skipif(bool(cuda_on_cpu.why_not()), reason=cuda_on_cpu.why_not())),
+    ]
+)
+def device(request):
+    return Device(request.param)
+
+
+def prove(device, name, *arguments, mutated=()):
+    """Run the pass and its meaning; compare all results, those in ``mutated`` arguments too. Returns the results."""
+
+    def run(function, dtype=None):
+        def convert(value):
+            if isinstance(value, torch.dtype):
+                return dtype or value
+            return value.to(dtype or value.dtype, copy=True) if isinstance(value, torch.Tensor) else value
+
+        given = [convert(value) for value in arguments] if function is not ours else list(arguments)
+        results = function(*given)
+        results = () if results is None else results if isinstance(results, tuple) else (results,)
+        return [*results, *(given[i] for i in mutated)]
+
+    ours = getattr(device.ops, name)
+    meaning = getattr(cuda_passes, name)
+    exact, eager = run(meaning, torch.float64), run(meaning)
+    results = run(ours)
+    for i, (got, stock, wanted) in enumerate(zip(results, eager, exact, strict=True)):
+        assert got.shape == stock.shape, f"{name} result {i}"
+        assert got.dtype == stock.dtype or not got.numel(), f"{name} result {i}"
+        if got.numel() >= 64:
+            testing.assert_as_accurate(got, stock, wanted, f"{name} result {i}")
+        elif got.numel():  # too few numbers for their errors to have a size
+            bound = 2 * (stock.double() - wanted).abs().max() + 4 * torch.finfo(got.dtype).eps * wanted.abs().max()
+            assert (got.double() - wanted).abs().max() <= bound, f"{name} result {i}"
+    return results
+
+
+def rows_for(device, width):
+    if device.name == "cuda":
+        return [0, 1, 197, 50432]
+    return [0, 1, 61] if width <= 192 else [5]
+
+
+@pytest.mark.parametrize(("x_dtype", "dtype"), PAIRS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_layernorm_fwd(device, width, x_dtype, dtype):
+    for rows in rows_for(device, width):
+        x = device.draw(rows, width, dtype=x_dtype, scale=2.0, shift=0.5)
+        weight, bias = device.draw(width, dtype=dtype), device.draw(width, dtype=dtype)
+        prove(device, "layernorm_fwd", x, weight, bias, 1e-6, dtype)
+        prove(device, "layernorm_fwd", x, weight.to(F32), None, 1e-6, dtype)
+        prove(device, "layernorm_fwd", x, None, None, 1e-5, dtype)
+
+
+def test_layernorm_fwd_of_a_far_mean(device):
+    """Sums of squares would cancel here; squares of centred values do not."""
+    x = device.draw(16, 768, shift=1000.0)
+    y, *_ = prove(device, "layernorm_fwd", x, None, None, 1e-6, F32)
+    assert (y.std(dim=1, unbiased=False) - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("x_dtype", "dtype"), PAIRS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_layernorm_bwd(device, width, x_dtype, dtype):
+    for rows in rows_for(device, width):
+        x = device.draw(rows, width, dtype=x_dtype, scale=2.0, shift=0.5)
+        dy, dresidual = device.draw(rows, width, dtype=dtype), device.draw(rows, width, dtype=x_dtype)
+        weight, bias = device.draw(width, dtype=dtype), device.draw(width, dtype=dtype)
+        mean, rstd = cuda_passes.layernorm_fwd(x, None, None, 1e-6, dtype)[1:]
+        prove(device, "layernorm_bwd", dy, x, mean, rstd, weight, bias, dresidual, True, True)
+        prove(device, "layernorm_bwd", dy, x, mean, rstd, weight.to(F32), None, None, True, False)
+        prove(device, "layernorm_bwd", dy, x, mean, rstd, None, None, None, False, True)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 45, 131])
+def test_layernorm_bwd_of_any_number_of_rows(device, rows):
+    """Blocks walk over the rows in pairs: none may be missed or counted twice."""
+    x, dy = device.draw(rows, 256), device.draw(rows, 256)
+    mean, rstd = cuda_passes.layernorm_fwd(x, None, None, 1e-6, F32)[1:]
+    prove(device, "layernorm_bwd", dy, x, mean, rstd, device.draw(256), device.draw(256), None, True, True)
+
+
+def test_layernorm_backward_writes_the_forward_again(device):
+    """The y of the backward is the forward's, to the bit."""
+    x, weight, bias = device.draw(9, 768, dtype=BF16), device.draw(768, dtype=BF16), device.draw(768, dtype=BF16)
+    y, mean, rstd = device.ops.layernorm_fwd(x, weight, bias, 1e-6, BF16)
+    again = device.ops.layernorm_bwd(torch.zeros_like(x), x, mean, rstd, weight, bias, None, False, True)[3]
+    assert torch.equal(again, y)
+
+
+@pytest.mark.parametrize("act", reference.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("width", [33, 192, 4304])
+def test_activation(device, width, dtype, act):
+    for rows in rows_for(device, width):
+        h, da = device.draw(rows, width, dtype=dtype, scale=2.0), device.draw(rows, width, dtype=dtype)
+        fresh = torch.full_like(h, float("nan"))
+        prove(device, "act_fwd", h, fresh.clone(), act, mutated=[1])
+        prove(device, "act_bwd", da.clone(), h, fresh.clone(), act, dtype, mutated=[0, 2])
+        prove(device, "act_bwd", da.clone(), h, None, act, dtype, mutated=[0])
+        prove(device, "act_bwd", da.clone(), h, fresh.clone(), act, None, mutated=[0, 2])
+
+
+@pytest.mark.parametrize("act", reference.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_activation_in_place(device, dtype, act):
+    h = device.draw(33, 64, dtype=dtype)
+    apart = torch.empty_like(h)
+    device.ops.act_fwd(h, apart, act)
+    device.ops.act_fwd(h, h, act)
+    assert torch.equal(h, apart)
+
+
+@pytest.mark.parametrize("act", reference.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_activation_far_out(device, dtype, act):
+    """Large values of both signs give h and 0, with slope 1 and 0; NaN stays NaN."""
+    h = torch.tensor([[30.0, -30.0, 300.0, -300.0, 6e4, -6e4, 0.0, float("nan")]], dtype=dtype, device=device.name)
+    a = torch.empty_like(h)
+    da = torch.ones_like(h)
+    device.ops.act_fwd(h, a, act)
+    device.ops.act_bwd(da, h, None, act, None)
+    expected = torch.where(h > 0, h, 0.0)
+    torch.testing.assert_close(a[0, :7], expected[0, :7], rtol=0, atol=1e-15)
+    slopes = torch.tensor([1, 0, 1, 0, 1, 0, 0.5], dtype=dtype, device=device.name)
+    torch.testing.assert_close(da[0, :7], slopes, rtol=0, atol=1e-15)
+    assert a[0, 7].isnan()
+    assert da[0, 7].isnan()
+
+
+@pytest.mark.parametrize(("out_dtype", "dtype"), PAIRS)
+@pytest.mark.parametrize("width", [33, 768])
+def test_scale_residual(device, width, out_dtype, dtype):
+    for samples, tokens in BATCHES:
+        rows = samples * tokens
+        branch, residual = device.draw(rows, width, dtype=dtype), device.draw(rows, width, dtype=out_dtype)
+        layer_scale, row_scale = device.draw(width, dtype=dtype), device.draw(samples, dtype=dtype)
+        for scales in ((layer_scale, row_scale), (layer_scale.to(F32), None), (None, row_scale.to(F32)), (None, None)):
+            prove(device, "scale_residual_fwd", branch, residual, *scales, out_dtype)
+        prove(device, "scale_residual_fwd", branch, None, layer_scale, row_scale, out_dtype)
+
+
+@pytest.mark.parametrize(("x_dtype", "dtype"), PAIRS)
+@pytest.mark.parametrize("width", [33, 768])
+def test_scale(device, width, x_dtype, dtype):
+    for samples, tokens in BATCHES:
+        x = device.draw(samples * tokens, width, dtype=x_dtype)
+        row_scale, column_scale = device.draw(samples, dtype=dtype), device.draw(width, dtype=dtype)
+        prove(device, "scale", x, row_scale, None, dtype, F32)
+        prove(device, "scale", x, row_scale.to(F32), column_scale, dtype, dtype)
+        prove(device, "scale", x, None, column_scale.to(F32), dtype, None)
+    weight, per_row = device.draw(48, width, dtype=dtype), device.draw(48, dtype=dtype)
+    prove(device, "scale", weight, per_row, None, dtype, None)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("width", [33, 192, 2304])
+def test_column_sum(device, width, dtype):
+    for rows in rows_for(device, width):
+        x = device.draw(rows, width, dtype=dtype, shift=0.2)
+        prove(device, "column_sum", x, dtype)
+        prove(device, "column_sum", x, F32)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("width", [33, 768])
+def test_layer_scale_bwd(device, width, dtype):
+    g, weight = device.draw(80, width), device.draw(80, width, dtype=dtype)
+    bias, sums, layer_scale = device.draw(80, dtype=dtype), device.draw(80), device.draw(80, dtype=dtype)
+    prove(device, "layer_scale_bwd", g, weight, bias, sums, layer_scale)
+    prove(device, "layer_scale_bwd", g, weight, None, sums, layer_scale.to(F32))
+    prove(device, "layer_scale_bwd", g, weight, bias, None, layer_scale)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("width", [192, 200])
+def test_sliced_rows(device, width, dtype):
+    """Rows of a larger buffer, NaN around them; in the eight-wide and in the one-wide kernels."""
+    rows = 37
+
+    def part(*size):
+        return device.draw(*size, dtype=dtype, slices=True)
+
+    x, dy, dresidual = part(rows, width), part(rows, width), part(rows, width)
+    weight, bias = device.draw(width, dtype=dtype), device.draw(width, dtype=dtype)
+    _, mean, rstd = prove(device, "layernorm_fwd", x, weight, bias, 1e-6, dtype)
+    prove(device, "layernorm_bwd", dy, x, mean, rstd, weight, bias, dresidual, True, True)
+    prove(device, "act_bwd", part(rows, width), x, part(rows, width), "gelu", F32, mutated=[0, 2])
+    prove(device, "scale_residual_fwd", x, dresidual, weight, None, dtype)
+    prove(device, "scale", x, None, weight, dtype, F32)
+    prove(device, "column_sum", x[:, 1:], dtype)
+    prove(device, "layernorm_fwd", x[:, 3:], weight[3:], bias[3:], 1e-6, dtype)
+
+
+def test_same_results_every_time(device):
+    rows = 50432 if device.name == "cuda" else 70
+    x, dy = device.draw(rows, 768, dtype=BF16), device.draw(rows, 768, dtype=BF16)
+    weight, bias = device.draw(768, dtype=BF16), device.draw(768, dtype=BF16)
+    _, mean, rstd = device.ops.layernorm_fwd(x, weight, bias, 1e-6, BF16)
+
+    def run():
+        da = dy.clone()
+        return (
+            *device.ops.layernorm_bwd(dy, x, mean, rstd, weight, bias, dy, True, True),
+            device.ops.act_bwd(da, x, None, "gelu", F32),
+            *device.ops.scale(x, None, weight, BF16, F32),
+            device.ops.column_sum(x, F32),
+        )
+
+    first = run()
+    for _ in range(3):
+        for got, wanted in zip(run(), first, strict=True):
+            assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("op", ["layernorm_linear", "linear_residual", "layernorm_mlp"])
+def test_ops_on_the_kernels(device, op, dtype, monkeypatch):
+    """The whole op: passes and products together, output and every gradient, beside stock PyTorch."""
+    if device.name == "cuda":
+        import fastvit
+
+        inputs = testing.make_inputs(op, testing.VIT_SHAPES["base"], 4, dtype, "cuda")
+        with fastvit.use_backend("cuda"):
+            testing.assert_op_as_accurate(op, getattr(fastvit.ops, op), inputs)
+        return
+    import test_cuda_composition as composition
+
+    monkeypatch.setattr(_cuda, "ops", device.ops)
+    monkeypatch.setattr(_cuda, "_float32_product", lambda a, b: a.float() @ b.float())
+    inputs = testing.make_inputs(op, testing.Shape(48, 3, 96, 17), 3, dtype)
+    testing.assert_op_as_accurate(op, composition.fused(op), inputs)
+
+
+def test_errors_name_tensor_rule_and_what_came(device):
+    x, w = device.draw(4, 8), device.draw(8)
+    ops = device.ops
+    with pytest.raises(RuntimeError, match=r"layernorm_fwd: weight has shape \(7\), expected \(8\) like x"):
+        ops.layernorm_fwd(x, w[:7], None, 1e-6, F32)
+    with pytest.raises(RuntimeError, match="layernorm_fwd: the result is float64, expected float32, float16 or bfloat"):
+        ops.layernorm_fwd(x, w, None, 1e-6, torch.float64)
+    with pytest.raises(RuntimeError, match="x has 16 bits, expected float32 or the dtype of the result"):
+        ops.layernorm_fwd(x.to(BF16), None, None, 1e-6, F16)
+    with pytest.raises(RuntimeError, match=r"x has shape \(8\), expected \(rows, columns\)"):
+        ops.column_sum(w, F32)
+    with pytest.raises(RuntimeError, match=r"x has strides \(1, 8\), expected 1 for the last dimension"):
+        ops.column_sum(x.t(), F32)
+    with pytest.raises(RuntimeError, match=r"row_scale has shape \(3\), expected one factor a sample of 4 rows"):
+        ops.scale(x, w[:3], None, F32, None)
+    with pytest.raises(RuntimeError, match="act is 'relu', expected 'gelu', 'gelu_tanh' or 'quick_gelu'"):
+        ops.act_fwd(x, x, "relu")
+    with pytest.raises(RuntimeError, match=r"mean has shape \(3\), expected \(4\) like the rows of dy"):
+        ops.layernorm_bwd(x, x, w[:3], w[:4], None, None, None, True, True)
