@@ -52,11 +52,12 @@ def patch_embed_fwd_kernel(
 
     token_rows = tokens_ptr + (rows + batch * num_prefix).to(tl.int64)[:, None] * E
     in_rows = (rows < num_rows)[:, None]
-    # in halves: position rows for all columns would not fit the registers beside the sums
-    left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-    for half in tl.static_range(2):
-        sums = left if half == 0 else right
-        cols = first_col + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    # in pieces: the position rows of all columns would not fit the registers beside the sums
+    WIDTH: tl.constexpr = min(BLOCK_N, 64)
+    pieces = _pieces(acc, WIDTH)
+    for piece in tl.static_range(BLOCK_N // WIDTH):
+        sums = pieces[piece]
+        cols = first_col + piece * WIDTH + tl.arange(0, WIDTH)
         in_cols = cols < E
         if bias_ptr is not None:
             sums += tl.load(bias_ptr + cols, mask=in_cols, other=0).to(tl.float32)[None, :]
@@ -73,7 +74,7 @@ def patch_embed_fwd_kernel(
                 row = tl.load(prefix_ptr + t * E + cols, mask=in_cols, other=0).to(tl.float32)
                 if POS_ON_PREFIX:
                     row += tl.load(pos_ptr + t * E + cols, mask=in_cols, other=0).to(tl.float32)
-                row = tl.broadcast_to(cast(row, tokens_ptr.dtype.element_ty)[None, :], (BLOCK_M, BLOCK_N // 2))
+                row = tl.broadcast_to(cast(row, tokens_ptr.dtype.element_ty)[None, :], (BLOCK_M, WIDTH))
                 tl.store(ptrs + t * E, row, mask=mask & (patch == 0)[:, None])
 
 
@@ -99,7 +100,7 @@ def patch_embed_dimages_kernel(
         dout = _load_columns(dout_ptr + e[None, :], e, E, BLOCK_K)
         # past E the last row of weight repeats: the zeros of dout remove it
         weight = _load_columns(weight_ptr + tl.minimum(e, E - 1)[:, None] * K + k[None, :], k, K, BLOCK_N)
-        acc = dot(dout, weight, acc)
+        acc = dot(cast(dout, weight.dtype), weight, acc)
 
     scales, _ = _normalisation(None, std_ptr, C, UNIT)
     acc *= _select(scales, (k // CHANNEL_RUN % C)[None, :], C)
@@ -114,7 +115,7 @@ def patch_embed_dweight_kernel(
     dout_ptr, images_ptr, mean_ptr, std_ptr, partial_ptr,
     num_rows, rows_per_split, num_prefix,
     num_patches, grid_w, stride_b, stride_i, stride_j, stride_0, stride_1, stride_2,
-    E: tl.constexpr, K: tl.constexpr, DIM_1: tl.constexpr, DIM_2: tl.constexpr,
+    COMPUTE: tl.constexpr, E: tl.constexpr, K: tl.constexpr, DIM_1: tl.constexpr, DIM_2: tl.constexpr,
     C: tl.constexpr, CHANNEL_RUN: tl.constexpr, UNIT: tl.constexpr, VEC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +146,7 @@ def patch_embed_dweight_kernel(
         pixels = _load_columns(images_ptr + offsets, k, K, BLOCK_N)
         if UNIT != 1 or mean_ptr is not None or std_ptr is not None:
             pixels = _as_float(pixels) * scale + shift
-        acc = dot(tl.trans(dout), cast(pixels, dout.dtype), acc)
+        acc = dot(tl.trans(cast(dout, COMPUTE)), cast(pixels, COMPUTE), acc)
 
     partial_ptr += split.to(tl.int64) * E * K
     tl.store(partial_ptr + e[:, None] * K + k[None, :], acc, mask=(e < E)[:, None] & (k < K)[None, :])
@@ -208,6 +209,17 @@ def _normalisation(mean_ptr, std_ptr, C: tl.constexpr, UNIT: tl.constexpr):
         scales += (inverse / UNIT,)
         shifts += (-tl.load(mean_ptr + c) * inverse if mean_ptr is not None else 0.0,)
     return scales, shifts
+
+
+@triton.jit
+def _pieces(x, WIDTH: tl.constexpr):
+    """Cut a tile into a tuple of tiles WIDTH columns wide, by halving."""
+    pieces = (x,)
+    if x.shape[1] > WIDTH:
+        half: tl.constexpr = x.shape[1] // 2
+        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, half)), (0, 2, 1)))
+        pieces = _pieces(left, WIDTH) + _pieces(right, WIDTH)
+    return pieces
 
 
 @triton.jit

@@ -7,10 +7,11 @@ tile gathers its pixels straight from the image, whatever its strides, and norma
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ._configs import PATCH_EMBED_SUM, AotCase, Limits, patch_embed_settings
@@ -34,20 +35,22 @@ def patch_embed_fwd(
     prefix: Tensor | None,
     mean: Tensor | None,
     std: Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Tokens of images; one launch.
 
     images     (B, C, IH, IW)            uint8 | float32 | dtype of weight, any strides; sides are multiples of PH, PW
     weight     (E, C, PH, PW)            float16 | bfloat16 | float32
-    bias       (E,)                      optional
+    bias       (E,)                      optional, like the next two in dtype of weight or float32
     pos_embed  (L, E) | (T + L, E)       optional
     prefix     (T, E)                    optional
     mean, std  (C,)                      optional, float32, in units of [0, 1] pixels
-    returns    (B, T + L, E)             dtype of weight, contiguous
+    dtype                                of the tokens: float32 or, as by default, that of weight
+    returns    (B, T + L, E)             contiguous
     """
     view = PatchView.of(images, weight)
     num_tokens = view.num_patches + (0 if prefix is None else prefix.shape[0])
-    tokens = torch.empty(images.shape[0], num_tokens, weight.shape[0], dtype=weight.dtype, device=images.device)
+    tokens = weight.new_empty((images.shape[0], num_tokens, weight.shape[0]), dtype=dtype)
     if tokens.numel() > 0:
         with torch.cuda.device_of(images):
             _forward(view, images, weight, bias, pos_embed, prefix, mean, std, tokens, limits(images.device)).run()
@@ -65,7 +68,7 @@ def patch_embed_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of patch_embed_fwd; deterministic, without atomics.
 
-    dout        (B, T + L, E)    dtype of weight
+    dout        (B, T + L, E)    dtype of weight or float32
     mask        which of the three results are wanted
     dimages     (B, C, IH, IW)   dtype of images (float only)
     dweight     (E, C, PH, PW)   dtype of weight
@@ -102,7 +105,7 @@ def _weight_gradient(
     if target.is_contiguous():
         _sum_leading(partial, target)
     else:
-        target.copy_(_sum_leading(partial, dout.new_empty(target.shape)))
+        target.copy_(_sum_leading(partial, weight.new_empty(target.shape)))
     return dweight
 
 
@@ -177,7 +180,8 @@ def _dweight(
     partial = dout.new_empty((splits, dim, view.size), dtype=torch.float32)
     mean, std = (None if t is None else t.contiguous() for t in (mean, std))
     arguments = (dout, images, mean, std, partial, num_rows, rows_per_split, num_prefix)
-    constexprs = {"E": dim, **view.constexprs(images.dtype)}
+    compute = getattr(tl, str(weight.dtype).removeprefix("torch."))
+    constexprs = {"COMPUTE": compute, "E": dim, **view.constexprs(images.dtype)}
     grid = (settings.tiles(dim, view.size), splits)
     return Launch.of(patch_embed_dweight_kernel, grid, arguments + view.sizes(), constexprs, settings), partial
 
@@ -248,6 +252,57 @@ class PatchView:
         }
 
 
+# (name, batch, pixels, patch side, image side, channels last); pixels None: dtype of weight
+_AOT_SHAPES = (
+    ("large", 256, None, 16, 224, False),
+    ("large_uint8", 256, torch.uint8, 16, 224, False),
+    ("patch14_uint8", 64, torch.uint8, 14, 518, False),
+    ("small", 1, None, 16, 224, False),
+    ("small_uint8", 1, torch.uint8, 16, 224, False),
+    ("large_autocast", 256, torch.float32, 16, 224, False),
+    ("patch14", 64, None, 14, 518, False),
+    ("channels_last", 256, None, 16, 224, True),
+    ("channels_last_uint8", 256, torch.uint8, 16, 224, True),
+    ("patch8", 64, None, 8, 224, False),
+    ("patch32_autocast", 256, torch.float32, 32, 224, False),
+)
+
+
 def aot_cases(arch: int = 80) -> list[AotCase]:
-    """Every setting, dtype and layout a device of this architecture would compile."""
-    return []
+    """What a device of this architecture compiles for the usual ViTs: every setting, kind of pixel and layout."""
+    shapes = {torch.bfloat16: _AOT_SHAPES, torch.float16: _AOT_SHAPES[:3], torch.float32: _AOT_SHAPES[:5]}
+    cases: list[AotCase] = []
+    for dtype, rows in shapes.items():
+        for shape, *sizes in rows:
+            for kernel, launch in _aot_launches(dtype, *sizes, Limits.of_arch(arch)).items():
+                case = launch.aot_case(f"patch_embed_{kernel}_{shape}_{str(dtype).removeprefix('torch.')}")
+                if not any(replace(case, name=other.name) == other for other in cases):
+                    cases.append(case)
+    return cases
+
+
+def _aot_launches(
+    dtype: torch.dtype, batch: int, pixels: torch.dtype | None, patch: int, side: int, last: bool, device: Limits
+) -> dict[str, Launch]:
+    def meta(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    dim, num_prefix, num_patches = 768, 1, (side // patch) ** 2
+    images = meta(batch, 3, side, side, dtype=pixels or dtype)
+    images = images.contiguous(memory_format=torch.channels_last) if last else images
+    weight, bias = meta(dim, 3, patch, patch), meta(dim)
+    tables = torch.float32 if pixels == torch.float32 else dtype  # autocast: all is float32 but what is multiplied
+    prefix, pos_embed = meta(num_prefix, dim, dtype=tables), meta(num_prefix + num_patches, dim, dtype=tables)
+    tokens = meta(batch, num_prefix + num_patches, dim, dtype=tables)
+    mean = std = meta(3, dtype=torch.float32) if pixels == torch.uint8 else None
+    view = PatchView.of(images, weight)
+    dweight, partial = _dweight(view, tokens, images, weight, num_prefix, mean, std, device)
+    launches = {
+        "fwd": _forward(view, images, weight, bias, pos_embed, prefix, mean, std, tokens, device),
+        "dweight": dweight,
+        "dweight_sum": _sum(partial, meta(dim, view.size)),
+        "token_sum": _sum(tokens, meta(*tokens.shape[1:], dtype=torch.float32)),
+    }
+    if images.is_floating_point():
+        launches["dimages"] = _dimages(view, tokens, weight, num_prefix, std, images, device)
+    return launches
