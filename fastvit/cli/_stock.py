@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,20 +27,19 @@ def stock_model(name: str, model: nn.Module, img_size: int) -> tuple[nn.Module, 
 class StockViT(nn.Module):
     """A ViT in plain torch.nn (SDPA for attention), of ``like``'s sizes, with timm's parameter names and no head."""
 
-    def __init__(self, like: nn.Module):
+    def __init__(self, like: Any):
         super().__init__()
         width = like.cls_token.shape[-1]
         self.cls_token = nn.Parameter(torch.empty_like(like.cls_token))
         self.pos_embed = nn.Parameter(torch.empty_like(like.pos_embed))
-        self.patch_embed = nn.Module()
-        projection = like.patch_embed.proj
-        self.patch_embed.proj = nn.Conv2d(3, width, projection.kernel_size, projection.stride)
+        patch = like.patch_embed.proj.kernel_size
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
         self.blocks = nn.Sequential(*(_Block(block, width) for block in like.blocks))
         self.norm = nn.LayerNorm(width, eps=like.norm.eps)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, 3, IH, IW) to (B, 1 + L, E)."""
-        tokens = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        tokens = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + self.pos_embed
         return self.norm(self.blocks(tokens))
 
@@ -48,7 +49,7 @@ class StockViT(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, like: nn.Module, width: int):
+    def __init__(self, like: Any, width: int):
         super().__init__()
         hidden = like.mlp.fc1.out_features
         self.num_heads = like.attn.num_heads

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ def _neighbours(inputs: Inputs, sizes: Sizes, device: torch.device, screen: Any)
         with rich.Progress(console=screen, transient=True) as bars:
             task = bars.add_task(f"3/3 CIFAR-10 features, {provider}", total=len(train) + len(test))
             features = [
-                _knn.extract(model, images, sizes.knn_px, sizes.batch, lambda n, task=task: bars.advance(task, n))
+                _knn.extract(model, images, sizes.knn_px, sizes.batch, partial(bars.advance, task))
                 for images in (train, test)
             ]
             seconds[provider] = bars.tasks[0].elapsed
@@ -246,7 +247,7 @@ def _queries(cifar: tuple[Tensor, Tensor, Tensor, Tensor], nearest: Tensor) -> l
     ]
 
 
-def _features(models: dict[str, nn.Module], photos: Tensor, device: torch.device) -> dict[str, Any]:
+def _features(models: dict[str, Any], photos: Tensor, device: torch.device) -> dict[str, Any]:
     """Feature maps of some photos from both models."""
     shown = photos[[i for i in SHOWN_PHOTOS if i < len(photos)] or [0]]
     pixels = data.normalize(shown).to(device)

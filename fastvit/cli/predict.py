@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 class _Vit:
     """A model, and how it wants its pictures."""
 
-    model: nn.Module
+    model: Any  # a VisionTransformer
     side: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -119,7 +119,7 @@ def _load(args: argparse.Namespace) -> _Vit:
         if args.checkpoint is not None:
             options["num_classes"] = head_size(read_state_dict(args.checkpoint))
         model = create_model(args.model or data.TRAINED_MODEL, **options)
-    wanted = model.pretrained_cfg
+    wanted: Any = model.pretrained_cfg
     return _Vit(model, model.patch_embed.img_size[0], wanted["mean"], wanted["std"], args.crop_pct)
 
 
