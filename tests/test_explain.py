@@ -1,0 +1,75 @@
+"""fastvit.explain: what it says is what is run."""
+
+import pytest
+import torch
+from tiny_vits import build, images, one_thread
+from torch import nn
+
+from fastvit import accelerate, dispatch, explain
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
+
+
+def test_explain_says_what_runs():
+    model = build()
+    assert not any(row.fused for row in explain(model).rows)
+    rows = {(row.module, row.part): row for row in explain(accelerate(model, backend="torch")).rows}
+    ops = ("layernorm_linear", "attention_packed", "linear_residual", "layernorm_mlp")
+    expected = [("", "patch_embed"), ("", "class token only"), *((f"blocks.{i}", op) for i in range(2) for op in ops)]
+    assert list(rows) == expected
+    assert all(row.fused and not row.reasons for row in rows.values())
+    assert {row.backend for row in rows.values()} == {"torch", ""}
+    assert "triton" in rows["blocks.0", "attention_packed"].refused
+    assert "blocks.0 .. 1" in str(explain(model))
+    with dispatch.recording() as calls:
+        model(images())
+    assert {op for op, _ in calls} >= {op for op in ops if op != "attention_packed"}
+
+
+def test_explain_matches_what_runs():
+    """The backends that explain names are those that the ops are then run on."""
+    model = accelerate(build(global_pool="avg"))
+    said = {row.part: row.backend for row in explain(model).rows if row.fused}
+    with dispatch.recording() as calls, torch.no_grad():
+        model(images())
+    assert dict(calls) == said
+
+
+EXPLAINED = {
+    "norm1": ("blocks.0.norm1", {"layernorm_linear"}),
+    "qkv": ("blocks.0.attn.qkv", {"layernorm_linear"}),
+    "attention": ("blocks.0.attn", {"layernorm_linear", "attention_packed", "linear_residual"}),
+    "q_norm": ("blocks.0.attn.q_norm", {"attention_packed"}),
+    "proj": ("blocks.0.attn.proj", {"linear_residual"}),
+    "drop_path": ("blocks.0.drop_path1", {"linear_residual"}),
+    "fc1": ("blocks.0.mlp.fc1", {"layernorm_mlp"}),
+    "norm2": ("blocks.0.norm2", {"layernorm_mlp"}),
+    "ls2": ("blocks.0.ls2", {"layernorm_mlp"}),
+    "patches": ("patch_embed.proj", {"patch_embed"}),
+}
+
+
+@pytest.mark.parametrize("case", EXPLAINED)
+def test_explain_names_the_part_that_is_not_fused(case):
+    path, parts = EXPLAINED[case]
+    model = accelerate(build(init_values=0.5))
+    model.get_submodule(path).register_forward_hook(lambda *_: None)
+    rows = [row for row in explain(model).rows if not row.fused and row.module in ("", "blocks.0")]
+    assert {row.part for row in rows} == parts
+    assert all("has hooks" in row.reasons[0] for row in rows)
+    assert "has hooks" in str(explain(model))
+
+
+def test_explain_keeps_quiet():
+    """explain runs nothing: no hook fires, no random number is drawn."""
+    model, calls = accelerate(build(drop_path_rate=0.1)).train(), []
+    nn.modules.module.register_module_forward_hook(lambda *_: calls.append(1)).remove()
+    model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    state = torch.get_rng_state()
+    str(explain(model))
+    assert not calls
+    assert torch.equal(torch.get_rng_state(), state)
