@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kMaxThreads) layernorm_bwd_kernel(LayerNormBwd
 
 // Any width and alignment: a row at a time, the column sums in the block's own part of `partials`.
 template <typename X, typename Y>
-__global__ void __launch_bounds__(kAnyThreads) layernorm_bwd_any_kernel(LayerNormBwd p) {
+__global__ void __launch_bounds__(kAnyThreads, 4) layernorm_bwd_any_kernel(LayerNormBwd p) {
   __shared__ float sums[2][2 * kAnyThreads / kWarp];
   float* dweight = p.partials == nullptr ? nullptr : p.partials + int64_t(blockIdx.x) * 2 * p.cols;
   int turn = 0;

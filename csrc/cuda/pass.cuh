@@ -3,8 +3,8 @@
 // Block: 32 lanes of N columns, 8 rows at a time; grid: (column blocks, G). An Op has
 //   kMaySum                                      whether it ever adds to the column sums
 //   Columns columns(col)                         what stays the same down a column
-//   Loaded load(row, col)                        what an element needs from memory; two rows are loaded before either
-//                                                is stored, so outputs may overwrite inputs
+//   Loaded load(row, col)                        what an element needs from memory; a row is loaded before it is
+//                                                stored, so outputs may overwrite inputs
 //   void run(row, col, loaded, columns, sums)    compute, store, add to the column sums
 #pragma once
 
@@ -12,10 +12,13 @@
 
 namespace fastvit {
 
-constexpr int kPassRows = 8;    // warps of a block, one row each
-constexpr int kPassUnroll = 2;  // rows a thread has in flight
+constexpr int kPassRows = 8;  // warps of a block, one row each
 constexpr int kPassThreads = kPassRows * kWarp;
 constexpr int kBlocksPerSm = 16;  // a few waves of blocks, so that the last wave is a small part
+
+// Rows a thread has in flight: as many bytes for every dtype.
+template <typename Op>
+constexpr int kUnroll = sizeof(typename Op::Loaded) > 48 ? 1 : 2;
 
 template <int N, bool SUMS, typename Op>
 __global__ void __launch_bounds__(kPassThreads, 3) pass_kernel(Op op, Pass p) {
@@ -29,14 +32,14 @@ __global__ void __launch_bounds__(kPassThreads, 3) pass_kernel(Op op, Pass p) {
   float sums[N] = {};
   if (inside) {
     const auto columns = op.columns(col);
-    for (int64_t first = begin + warp; first < end; first += kPassRows * kPassUnroll) {
-      typename Op::Loaded loaded[kPassUnroll];
+    for (int64_t first = begin + warp; first < end; first += kPassRows * kUnroll<Op>) {
+      typename Op::Loaded loaded[kUnroll<Op>];
 #pragma unroll
-      for (int u = 0; u < kPassUnroll; ++u) {
+      for (int u = 0; u < kUnroll<Op>; ++u) {
         if (first + u * kPassRows < end) loaded[u] = op.load(first + u * kPassRows, col);
       }
 #pragma unroll
-      for (int u = 0; u < kPassUnroll; ++u) {
+      for (int u = 0; u < kUnroll<Op>; ++u) {
         if (first + u * kPassRows < end) op.run(first + u * kPassRows, col, loaded[u], columns, sums);
       }
     }

@@ -6,7 +6,7 @@ namespace fastvit {
 int pass_groups(int64_t rows, int64_t cols) {
   const int64_t column_blocks = std::max<int64_t>(ceil_div(cols, kVec * kWarp), 1);
   const int64_t wanted = ceil_div(int64_t(multiprocessors()) * kBlocksPerSm, column_blocks);
-  return int(std::min<int64_t>({ceil_div(rows, kPassRows * kPassUnroll), wanted, 65535}));
+  return int(std::min<int64_t>({ceil_div(rows, kPassRows * 2), wanted, 65535}));
 }
 
 // Fewer than 2^31 rows, so a 32-bit division finds the sample.
