@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .adapters import Adapter, find_adapter
-from .adapters._override import is_patched, override, release
+from .adapters._override import override, release
 from .adapters._report import Report, report
 from .dispatch import BACKENDS, OPS
 
@@ -78,7 +78,7 @@ def _check_model(caller: str, model: nn.Module) -> None:
 def _supported(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
     for name, module in model.named_modules():
         adapter = find_adapter(module)
-        if adapter is not None and not is_patched(module):
+        if adapter is not None and not adapter.why_not(module):
             yield name, module, adapter
 
 

@@ -135,6 +135,19 @@ def test_dropout_follows_its_law(rate):
     assert ((stock.mean(0) - fused.mean(0)).abs() < 5 * spread).all()
 
 
+def test_sharded_tensors_run_stock():
+    """Tensors that wrap others, such as DTensor, need ops that know them."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model, x = build(), images()
+    expected = model(x)
+    pair = accelerate(model, backend="reference")(TwoTensor(x, 2 * x))
+    torch.testing.assert_close(pair.a, expected)
+    with dispatch.recording() as calls:
+        model(TwoTensor(x, x))
+    assert not calls
+
+
 def test_autocast():
     model, x = build(init_values=0.5), images()
     exact = copy.deepcopy(model).double()(x.double())
@@ -289,6 +302,31 @@ def test_nothing_to_do():
     assert accelerate(model) is model
     assert not explain(model).rows
     assert "Sequential holds no ViT" in str(explain(model))
+
+
+def test_another_embedding():
+    class Pixels(nn.Module):
+        num_patches, grid_size = 16, (4, 4)
+
+        def __init__(self, embed_dim=64, **kwargs):
+            super().__init__()
+            self.lift = nn.Linear(192, embed_dim)
+
+        def forward(self, x):
+            return self.lift(nn.functional.unfold(x, 8, stride=8).transpose(1, 2))
+
+    model = build(embed_layer=Pixels)
+    assert_same_results(model, images())
+    assert "Pixels" in next(row.reasons[0] for row in explain(model).rows if row.part == "patch_embed")
+
+
+def test_older_host():
+    """A version of timm whose modules lack what the ops read: left alone, with the reason."""
+    model = build(global_pool="avg")
+    del model.blocks[0].attn.q_norm
+    accelerate(model)
+    assert [is_overridden(block) for block in model.blocks] == [False, True]
+    assert any("there is no attn.q_norm" in reason for row in explain(model).rows for reason in row.reasons)
 
 
 def test_subclass_with_its_own_forward(timm):

@@ -43,7 +43,6 @@ EXPLAINED = {
     "norm1": ("blocks.0.norm1", {"layernorm_linear"}),
     "qkv": ("blocks.0.attn.qkv", {"layernorm_linear"}),
     "attention": ("blocks.0.attn", {"layernorm_linear", "attention_packed", "linear_residual"}),
-    "q_norm": ("blocks.0.attn.q_norm", {"attention_packed"}),
     "proj": ("blocks.0.attn.proj", {"linear_residual"}),
     "drop_path": ("blocks.0.drop_path1", {"linear_residual"}),
     "fc1": ("blocks.0.mlp.fc1", {"layernorm_mlp"}),
@@ -73,3 +72,29 @@ def test_explain_keeps_quiet():
     str(explain(model))
     assert not calls
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_explain_names_what_runs_instead(timm):
+    model = accelerate(build(qk_norm=True, mlp_layer=timm.layers.SwiGLUPacked, global_pool="avg"))
+    rows = {row.part: row for row in explain(model).rows if row.module == "blocks.0"}
+    assert list(rows) == ["layernorm_linear", "attention", "linear_residual", "layernorm_mlp"]
+    assert rows["attention"].fused
+    assert rows["attention"].note.startswith("attn.q_norm is a LayerNorm")
+    assert rows["layernorm_mlp"].backend == "parts"
+    with dispatch.recording() as calls:
+        model.blocks[0](torch.randn(1, 3, 64))
+    attention = ["layernorm_linear", "attention", "linear_residual"]
+    assert [op for op, _ in calls] == [*attention, "layernorm_linear", "linear_residual"]
+
+
+def test_explain_under_autocast():
+    model = accelerate(build())
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = explain(model).rows
+    assert all(row.fused for row in rows)
+
+
+def test_explain_in_a_wrapper():
+    names = [row.module for row in explain(accelerate(nn.Sequential(nn.Identity(), build()))).rows]
+    assert names[0] == "1"
+    assert "1.blocks.0" in names

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from .. import _extension
 from ..dispatch import OPS, Unsupported, use_backend
-from ..fused import activation_name, why_not_fused
+from ..fused import activation_name, why_not_fused, why_not_skip
 from . import _vit, find_adapter
-from ._override import is_patched, overridden
+from ._override import overridden
 
 CLASS_TOKEN = "class token only"
-_STOCK = "stock"
+STOCK, PARTS = "stock", "parts"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Row:
     """The op that stands for it, or "class token only"."""
     fused: bool
     backend: str
-    """What runs it: a backend's name, or "stock" where the modules themselves do."""
+    """What runs it: a backend's name; "stock" where the modules themselves do, "parts" where smaller ops do."""
     reasons: list[str] = field(default_factory=list)
     """Why it is not fused; empty when it is."""
     refused: dict[str, list[str]] = field(default_factory=dict)
@@ -91,58 +91,65 @@ def _rows(model: nn.Module) -> Iterator[Row]:
         adapter = find_adapter(module)
         if adapter is None:
             continue
-        left_alone = _why_left_alone(module, adapter.is_fast)
+        left_alone = adapter.why_not(module)
+        if not left_alone and not adapter.is_fast and overridden(module) is None:
+            left_alone = ["not accelerated"]
         if adapter.part == "block":
             yield from _block_rows(name, module, left_alone)
         else:
             yield from _model_rows(name, module, left_alone)
 
 
-def _why_left_alone(module: nn.Module, is_fast: bool) -> list[str]:
-    if is_patched(module):
-        return ["forward was replaced on this instance"]
-    if is_fast or overridden(module) is not None:
-        return []
-    return ["not accelerated"]
-
-
 def _model_rows(name: str, vit: Any, left_alone: list[str]) -> Iterator[Row]:
     whole = left_alone or _vit.why_not_whole(vit)
     reasons = whole or _vit.why_not_embed(vit)
-    yield _row(name, "patch_embed", reasons, vit, () if reasons else _embed_arguments(vit))
+    yield _row(name, "patch_embed", reasons, vit)
     override = overridden(vit)
     wanted = vit.cls_only_last_block if override is None and not left_alone else True
     if override is not None:
         wanted = override.options["options"]["cls_only_last_block"]
     reasons = whole or ([] if wanted else ["cls_only_last_block is False"]) or _vit.why_not_class_token_only(vit)
     note = "" if reasons else "the head reads nothing else"
-    yield Row(name, CLASS_TOKEN, not reasons, "" if not reasons else _STOCK, reasons, note=note)
+    yield Row(name, CLASS_TOKEN, not reasons, "" if not reasons else STOCK, reasons, note=note)
     for index, block in enumerate(vit.blocks):
         if find_adapter(block) is None:
             reason = f"{type(block).__qualname__} is not a block that fastvit knows"
-            yield Row(f"{name}.blocks.{index}".lstrip("."), "block", False, _STOCK, [reason])
+            yield Row(f"{name}.blocks.{index}".lstrip("."), "block", False, STOCK, [reason])
 
 
 def _block_rows(name: str, block: Any, left_alone: list[str]) -> Iterator[Row]:
-    by_op: dict[str, list[str]] = {op: list(left_alone) for op in _MODULES}
-    for reason in [] if left_alone else why_not_fused(block):
+    if left_alone:
+        yield from (Row(name, op, False, STOCK, left_alone) for op in _MODULES)
+        return
+    by_op: dict[str, list[str]] = {op: [] for op in _MODULES}
+    for reason in why_not_fused(block):
         for op in _ops_of(reason):
             by_op[op].append(reason)
-    for op, reasons in by_op.items():
-        yield _row(name, op, reasons, block, () if reasons else _ARGUMENTS[op](block))
+    yield _row(name, "layernorm_linear", by_op["layernorm_linear"], block)
+    yield _attention_row(name, block, by_op["attention_packed"])
+    yield _row(name, "linear_residual", by_op["linear_residual"], block)
+    in_parts = by_op["layernorm_mlp"] and not why_not_skip(block.mlp, "mlp", "Mlp", "GluMlp")
+    yield _row(name, "layernorm_mlp", by_op["layernorm_mlp"], block, instead=PARTS if in_parts else STOCK)
 
 
-def _row(name: str, op: str, reasons: list[str], module: nn.Module, arguments: tuple) -> Row:
-    """``arguments`` of the op as this module would give them; () when it is not called."""
+def _attention_row(name: str, block: Any, reasons: list[str]) -> Row:
+    """A module between projection and kernel is called there; before the kernel it parts q, k and v."""
+    around = [reason for reason in reasons if _subject(reason).startswith(_MODULES["attention_packed"])]
+    before = any(not _subject(reason).startswith("attn.norm") for reason in around)
+    other = [reason for reason in reasons if reason not in around]
+    return _row(name, "attention" if before else "attention_packed", other, block, note="; ".join(around))
+
+
+def _row(name: str, op: str, reasons: list[str], module: Any, note: str = "", instead: str = STOCK) -> Row:
     if reasons:
-        return Row(name, op, False, _STOCK, reasons)
-    override = overridden(module)
+        return Row(name, op, False, instead, reasons, note=note)
+    override, arguments = overridden(module), _ARGUMENTS[op](module)
     with use_backend(**(override.options["backend"] if override else {})):
         refused = {backend: why for backend, why in OPS[op].explain(*arguments).items() if why}
         try:
-            return Row(name, op, True, OPS[op].select(*arguments).name, refused=refused)
+            return Row(name, op, True, OPS[op].select(*arguments).name, refused=refused, note=note)
         except Unsupported as error:
-            return Row(name, op, False, "", [str(error)], refused)
+            return Row(name, op, False, "", [str(error)], refused, note)
 
 
 # Which op stands for which modules of a block: a reason of why_not_fused begins with the name of one of them.
@@ -156,11 +163,16 @@ _MODULES = {
 
 def _ops_of(reason: str) -> list[str]:
     """The ops that ``reason`` is about; all of attention's for "attn" itself, all four for the block."""
-    subject = reason.split(" ", 1)[0]
+    subject = _subject(reason)
     named = [op for op, names in _MODULES.items() for name in names if f"{subject}.".startswith(f"{name}.")]
     if named:
         return named[:1]
     return [op for op in _MODULES if op != "layernorm_mlp"] if subject.startswith("attn") else list(_MODULES)
+
+
+def _subject(reason: str) -> str:
+    """The module that ``reason`` begins with."""
+    return reason.split(" ", 1)[0]
 
 
 def _tokens(weight: Tensor, width: int) -> Tensor:
@@ -177,11 +189,21 @@ def _norm_linear_arguments(block: Any) -> tuple:
     return _tokens(qkv.weight, qkv.in_features), norm.weight, norm.bias, *_linear(qkv), norm.eps
 
 
+def _packed_arguments(block: Any) -> tuple:
+    attn = block.attn
+    like = next(block.parameters())  # qkv may be anything that gives packed tokens
+    return _tokens(like, 3 * attn.num_heads * attn.head_dim), attn.num_heads, _dropout_p(attn), attn.scale
+
+
 def _attention_arguments(block: Any) -> tuple:
     attn = block.attn
-    dropout_p = getattr(attn.attn_drop, "p", 0.0) if attn.attn_drop.training else 0.0
-    like = next(block.parameters())  # qkv may be anything that gives packed tokens
-    return _tokens(like, 3 * attn.num_heads * attn.head_dim), attn.num_heads, dropout_p, attn.scale
+    like = next(block.parameters())
+    q = like.new_empty(1, attn.num_heads, 2, attn.head_dim, dtype=_dtype(like))
+    return q, q, q, None, False, _dropout_p(attn), attn.scale
+
+
+def _dropout_p(attn: Any) -> float:
+    return getattr(attn.attn_drop, "p", 0.0) if attn.attn_drop.training else 0.0
 
 
 def _project_arguments(block: Any) -> tuple:
@@ -210,8 +232,10 @@ def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
 
 
 _ARGUMENTS = {
+    "patch_embed": _embed_arguments,
     "layernorm_linear": _norm_linear_arguments,
-    "attention_packed": _attention_arguments,
+    "attention": _attention_arguments,
+    "attention_packed": _packed_arguments,
     "linear_residual": _project_arguments,
     "layernorm_mlp": _mlp_arguments,
 }

@@ -31,11 +31,16 @@ def vision_transformer_forward(vit: Any, x: Tensor, *args: Any, cls_only_last_bl
 
 
 def _embed(vit: Any, images: Tensor) -> Tensor:
-    """Images in another dtype than the weights are stock PyTorch's to refuse."""
-    plain = images.dtype == vit.patch_embed.proj.weight.dtype or torch.is_autocast_enabled(images.device.type)
-    if images.is_floating_point() and plain and not why_not_embed(vit):
-        return embed_forward(vit, images)
-    return vit._pos_embed(vit.patch_embed(images))
+    if why_not_embed(vit) or not _takes(vit.patch_embed.proj.weight, images):
+        return vit._pos_embed(vit.patch_embed(images))
+    return embed_forward(vit, images)
+
+
+def _takes(weight: Tensor, images: Tensor) -> bool:
+    """Whether stock PyTorch convolves ``images``: it refuses pixels, and floats of another dtype than the weight."""
+    if not images.is_floating_point():
+        return False
+    return images.dtype == weight.dtype or torch.is_autocast_enabled(images.device.type)
 
 
 def why_not_whole(vit: Any) -> list[str]:

@@ -17,6 +17,6 @@ def vision_transformer_forward(vit: Any, x: Tensor, *args: Any, cls_only_last_bl
 
 
 ADAPTERS = {
-    ("fastvit.layers", "Block.forward"): Adapter("block", block_forward, is_fast=True),
-    ("fastvit.model", "VisionTransformer.forward"): Adapter("model", vision_transformer_forward, is_fast=True),
+    ("fastvit.layers", "Block.forward"): Adapter("block", block_forward, (), is_fast=True),
+    ("fastvit.model", "VisionTransformer.forward"): Adapter("model", vision_transformer_forward, (), is_fast=True),
 }
