@@ -3,7 +3,7 @@
 Triton: each ``aot_cases()`` of fastvit.kernels for sm_80, sm_90 and sm_100. CUDA: the rows of benchmarks/aot_cuda.py.
 Rules: no spills, shared memory within the block's limit, and wgmma on sm_90 wherever 16-bit matrices are multiplied.
 
-    python benchmarks/aot.py [--only TEXT] [--arch 90] [--json FILE]
+    python benchmarks/aot.py [--only TEXT] [--arch 90] [--full] [--json FILE]
 """
 
 from __future__ import annotations
@@ -87,13 +87,14 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": usage["REG"], "spills": usage["STACK"] + usage["LOCAL"]}
 
 
-def triton_rows(archs: Iterable[int], only: str, workers: int) -> Iterable[dict[str, Any]]:
+def triton_rows(archs: Iterable[int], only: str, full: bool, workers: int) -> Iterable[dict[str, Any]]:
+    """float16 differs from bfloat16 in the type of an element alone: by default one architecture speaks for it."""
     jobs = [
         (module, index, arch)
         for module in MODULES
         for arch in archs
         for index, case in enumerate(cases(module, arch))
-        if only in case.name
+        if only in case.name and (full or arch == 90 or "float16" not in case.name.replace("bfloat16", ""))
     ]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         yield from pool.map(compile_one, *zip(*jobs, strict=True)) if jobs else ()
@@ -104,13 +105,15 @@ def cuda_rows(archs: Iterable[int], only: str) -> Iterable[dict[str, Any]]:
     sys.path.insert(0, str(Path(__file__).parent))
     import aot_cuda
 
-    yield from (row for row in aot_cuda.rows() if row["arch"] in archs and only in row["kernel"])
+    wanted = [arch for arch in aot_cuda.ARCHES if int(arch.rstrip("af")) in archs]
+    yield from (row for row in aot_cuda.rows(arches=wanted) if only in row["kernel"])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--arch", type=int, action="append", choices=list(SHARED_LIMIT), help="default: all")
+    parser.add_argument("--full", action="store_true", help="float16 on every architecture, not on sm_90 alone")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
@@ -118,7 +121,7 @@ def main() -> int:
     start = time.monotonic()
     rows = []
     print(f"{'kernel':<58} {'arch':>4} {'regs':>5} {'shared':>7} {'spills':>6} matrix")
-    for source in (triton_rows(archs, args.only, args.workers), cuda_rows(archs, args.only)):
+    for source in (triton_rows(archs, args.only, args.full, args.workers), cuda_rows(archs, args.only)):
         for row in source:
             rows.append(row)
             found = [row.get(key, "-") for key in ("registers", "shared", "spills")]
