@@ -74,9 +74,7 @@ class Case:
         channel = torch.arange(self.channels, device=DEVICE, dtype=torch.float32)
         return {
             "images": laid_out(images, self.layout),
-            "weight": draw(
-                self.dim, self.channels, patch_h, patch_w, scale=(self.channels * patch_h * patch_w) ** -0.5
-            ),
+            "weight": draw(self.dim, self.channels, patch_h, patch_w, scale=scale),
             "bias": draw(self.dim, scale=0.1) if self.bias else None,
             "pos_embed": draw(tokens, self.dim, scale=0.2) if self.pos != "none" else None,
             "prefix": draw(self.prefix, self.dim, scale=0.2) if self.prefix else None,
