@@ -177,6 +177,7 @@ READERS = {
     "hook on norm": lambda m: m.norm.register_forward_hook(lambda *_: None),
     "hook on blocks": lambda m: m.blocks.register_forward_hook(lambda *_: None),
     "mixing": lambda m: setattr(m.blocks[-1], "mlp", Mix()),
+    "attending": lambda m: setattr(m.blocks[-1], "mlp", type(m.blocks[-1].attn)(64, 2)),
     "attention maps": lambda m: setattr(m.blocks[-1].attn, "fused_attn", False),
     "patched pool": lambda m: setattr(m, "pool", lambda x, pool_type=None: x.mean(1)),
 }

@@ -11,6 +11,7 @@ from torch.nn.modules import module as module_state
 from ..fused import class_token_block_forward, embed_forward, is_watched, kind_of, why_not_fused_embed, why_not_skip
 from ._override import is_patched, stock_forward
 
+_MIXERS = ("Attention", "Block", "PatchEmbed", "Conv2d")
 HOMES = ("timm.models.vision_transformer", "fastvit.model")
 
 
@@ -78,7 +79,7 @@ def why_not_one_token(block: nn.Module) -> list[str]:
     reasons = []
     for name, module in block.named_modules():
         kind = kind_of(module)
-        if not kind:
+        if not kind or (kind in _MIXERS and name not in ("", "attn")):
             reasons.append(f"{name or 'the last block'} is a {type(module).__qualname__}, which may mix tokens")
         elif is_watched(module):
             reasons.append(f"{name or 'the last block'} has hooks")
