@@ -40,17 +40,17 @@ cudaError_t launch_layernorm_fwd(const LayerNormFwd& p, cudaStream_t stream);
 
 // dx = rstd * (g - mean_E(g) - xhat * mean_E(g * xhat)) + dresidual,  g = dy * weight
 struct LayerNormBwd {
-  Matrix dy;                // (M, E)
-  Matrix x;                 // (M, E)
-  const float *mean, *rstd; // (M,)
-  Vector weight, bias;      // (E,)   float32 or dy's dtype
-  Matrix dresidual;         // (M, E) optional, x's dtype
-  Matrix dx;                // (M, E) x's dtype
-  Matrix y;                 // (M, E) optional, dy's dtype: the forward's y once more, for the weight gradient
-  float* partials;          // (G, 2, E) optional: sums over a block's rows of dy * xhat and of dy
+  Matrix dy;                 // (M, E)
+  Matrix x;                  // (M, E)
+  const float *mean, *rstd;  // (M,)
+  Vector weight, bias;       // (E,)   float32 or dy's dtype
+  Matrix dresidual;          // (M, E) optional, x's dtype
+  Matrix dx;                 // (M, E) x's dtype
+  Matrix y;                  // (M, E) optional, dy's dtype: the forward's y once more, for the weight gradient
+  float* partials;           // (G, 2, E) optional: sums over a block's rows of dy * xhat and of dy
   int64_t rows;
   int cols;
-  int groups;               // G, from layernorm_bwd_groups
+  int groups;  // G, from layernorm_bwd_groups
 };
 int layernorm_bwd_groups(int64_t rows, int cols);
 cudaError_t launch_layernorm_bwd(const LayerNormBwd& p, cudaStream_t stream);
@@ -58,15 +58,15 @@ cudaError_t launch_layernorm_bwd(const LayerNormBwd& p, cudaStream_t stream);
 // A pass over (M, C) in which a block owns some columns of some rows; `groups` blocks share the rows.
 struct Pass {
   int64_t rows, cols;
-  int groups;               // G, from pass_groups
-  float* partials;          // (G, C) optional: column sums over each block's rows
+  int groups;       // G, from pass_groups
+  float* partials;  // (G, C) optional: column sums over each block's rows
 };
 int pass_groups(int64_t rows, int64_t cols);
 
 // a = act(h)
 struct ActFwd {
-  Matrix h;                 // (M, C)
-  Matrix a;                 // (M, C) may be h itself
+  Matrix h;  // (M, C)
+  Matrix a;  // (M, C) may be h itself
   Activation act;
   Pass pass;
 };
@@ -74,9 +74,9 @@ cudaError_t launch_act_fwd(const ActFwd& p, cudaStream_t stream);
 
 // dh = da * act'(h), written over da; a = act(h) once more; partials of dh
 struct ActBwd {
-  Matrix da;                // (M, C) in: da, out: dh
-  Matrix h;                 // (M, C)
-  Matrix a;                 // (M, C) optional
+  Matrix da;  // (M, C) in: da, out: dh
+  Matrix h;   // (M, C)
+  Matrix a;   // (M, C) optional
   Activation act;
   Pass pass;
 };
@@ -84,48 +84,48 @@ cudaError_t launch_act_bwd(const ActBwd& p, cudaStream_t stream);
 
 // out = residual + row_scale * layer_scale * branch
 struct ScaleResidualFwd {
-  Matrix branch;            // (M, C)
-  Matrix residual;          // (M, C) optional, out's dtype
-  Vector layer_scale;       // (C,)   optional, branch's dtype or float32
-  Vector row_scale;         // (B,)   optional, branch's dtype or float32
-  Matrix out;               // (M, C) branch's dtype or float32
-  int64_t samples;          // B
+  Matrix branch;       // (M, C)
+  Matrix residual;     // (M, C) optional, out's dtype
+  Vector layer_scale;  // (C,)   optional, branch's dtype or float32
+  Vector row_scale;    // (B,)   optional, branch's dtype or float32
+  Matrix out;          // (M, C) branch's dtype or float32
+  int64_t samples;     // B
   Pass pass;
 };
 cudaError_t launch_scale_residual_fwd(const ScaleResidualFwd& p, cudaStream_t stream);
 
 // y = x * row_scale * column_scale; partials of x * row_scale
 struct Scale {
-  Matrix x;                 // (M, C)
-  Vector row_scale;         // (B,)   optional, y's dtype or float32
-  Vector column_scale;      // (C,)   optional, y's dtype or float32
-  Matrix y;                 // (M, C) optional, x's dtype, or 16 bits for a float32 x
-  int64_t samples;          // B
+  Matrix x;             // (M, C)
+  Vector row_scale;     // (B,)   optional, y's dtype or float32
+  Vector column_scale;  // (C,)   optional, y's dtype or float32
+  Matrix y;             // (M, C) optional, x's dtype, or 16 bits for a float32 x
+  int64_t samples;      // B
   Pass pass;
 };
 cudaError_t launch_scale(const Scale& p, cudaStream_t stream);
 
 // out[k][c] = sum over g of partials[g][k][c], for one or two vectors k
 struct SumPartials {
-  const float* partials;    // (G, K, C)
-  Vector out[2];            // (C,) each
-  int groups, vectors;      // G, K
-  int64_t cols;             // C
+  const float* partials;  // (G, K, C)
+  Vector out[2];          // (C,) each
+  int groups, vectors;    // G, K
+  int64_t cols;           // C
 };
 cudaError_t launch_sum_partials(const SumPartials& p, cudaStream_t stream);
 
 // From g = (dout * row_scale)^T input and sums = column sums of dout * row_scale:
 // dweight = layer_scale g,  dbias = layer_scale sums,  dlayer_scale_j = <weight_j, g_j> + bias_j sums_j
 struct LayerScaleBwd {
-  Matrix g;                 // (O, C) float32
-  Matrix weight;            // (O, C)
-  Vector bias;              // (O,)   optional, weight's dtype
-  const float* sums;        // (O,)   optional
-  Vector layer_scale;       // (O,)   weight's dtype or float32
-  Matrix dweight;           // (O, C) weight's dtype
-  Vector dbias;             // (O,)   optional, weight's dtype
-  Vector dlayer_scale;      // (O,)   layer_scale's dtype
-  int64_t rows, cols;       // O, C
+  Matrix g;             // (O, C) float32
+  Matrix weight;        // (O, C)
+  Vector bias;          // (O,)   optional, weight's dtype
+  const float* sums;    // (O,)   optional
+  Vector layer_scale;   // (O,)   weight's dtype or float32
+  Matrix dweight;       // (O, C) weight's dtype
+  Vector dbias;         // (O,)   optional, weight's dtype
+  Vector dlayer_scale;  // (O,)   layer_scale's dtype
+  int64_t rows, cols;   // O, C
 };
 cudaError_t launch_layer_scale_bwd(const LayerScaleBwd& p, cudaStream_t stream);
 

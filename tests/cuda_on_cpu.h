@@ -140,7 +140,9 @@ inline void launch(dim3 grid, dim3 block, const std::function<void()>& body) {
 #define blockDim (cuda_on_cpu::block_size)
 #define gridDim (cuda_on_cpu::grid_size)
 
-inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::kBarrier); }
+inline void __syncthreads() {
+  cuda_on_cpu::wait(cuda_on_cpu::kBarrier);
+}
 
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   float* slots = cuda_on_cpu::exchanged[cuda_on_cpu::current->shuffles++ % 2];
@@ -149,10 +151,20 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return slots[cuda_on_cpu::flat_thread() ^ mask];
 }
 
-inline float __uint_as_float(uint32_t v) { return reinterpret_cast<float&>(v); }
-inline uint32_t __float_as_uint(float v) { return reinterpret_cast<uint32_t&>(v); }
-inline float __expf(float v) { return std::exp(v); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
+inline float __uint_as_float(uint32_t v) {
+  return reinterpret_cast<float&>(v);
+}
+inline uint32_t __float_as_uint(float v) {
+  return reinterpret_cast<uint32_t&>(v);
+}
+inline float __expf(float v) {
+  return std::exp(v);
+}
+inline float __fdividef(float a, float b) {
+  return a / b;
+}
+inline float rsqrtf(float v) {
+  return 1.f / std::sqrt(v);
+}
 using std::max;
 using std::min;

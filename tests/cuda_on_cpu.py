@@ -48,7 +48,7 @@ def translate(source: str) -> str:
     def replace(match: re.Match) -> str:
         kernel, sizes, arguments = match.groups()
         grid, block = (part.strip() for part in re.split(r",(?![^()]*\))", sizes))
-        if kernel in re.findall(r"void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", source) or "<" in kernel:
+        if kernel in re.findall(r"void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", source) or "<" in kernel:
             return f"cuda_on_cpu::launch(dim3({grid}), dim3({block}), [&] {{ {kernel}({arguments}); }});"
         raise ValueError(f"cuda_on_cpu: cannot read the launch of {kernel}")
 

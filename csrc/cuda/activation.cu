@@ -34,7 +34,8 @@ __device__ inline Gate gate(float h) {
     // than the memory traffic. The exponential is also the derivative's.
     const float e = __expf(-0.5f * h * h);
     const float t = __fdividef(1.f, 1.f + 0.3275911f * 0.7071067812f * fabsf(h));
-    const float poly = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    const float poly =
+        t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
     const float tail = 0.5f * poly * e;
     return {h > 0.f ? 1.f - tail : tail, 0.3989422804f * e};
   } else {
@@ -90,9 +91,12 @@ struct ActBwdOp {
 template <typename F>
 cudaError_t with_activation(Activation act, F&& f) {
   switch (act) {
-    case Activation::kGelu: return f(std::integral_constant<Activation, Activation::kGelu>{});
-    case Activation::kGeluTanh: return f(std::integral_constant<Activation, Activation::kGeluTanh>{});
-    case Activation::kQuickGelu: return f(std::integral_constant<Activation, Activation::kQuickGelu>{});
+    case Activation::kGelu:
+      return f(std::integral_constant<Activation, Activation::kGelu>{});
+    case Activation::kGeluTanh:
+      return f(std::integral_constant<Activation, Activation::kGeluTanh>{});
+    case Activation::kQuickGelu:
+      return f(std::integral_constant<Activation, Activation::kQuickGelu>{});
   }
   return cudaErrorInvalidValue;
 }

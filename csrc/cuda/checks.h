@@ -19,11 +19,16 @@ using MaybeTensor = std::optional<Tensor>;
 
 inline std::string text(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Double: return "float64";
-    default: return "dtype number " + std::to_string(int(dtype));
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    default:
+      return "dtype number " + std::to_string(int(dtype));
   }
 }
 
@@ -47,18 +52,22 @@ class Checks {
 
   DType dtype(const char* name, ScalarType dtype) const {
     switch (dtype) {
-      case ScalarType::Float: return DType::kFloat32;
-      case ScalarType::Half: return DType::kFloat16;
-      case ScalarType::BFloat16: return DType::kBFloat16;
-      default: fail(std::string(name) + " is " + text(dtype) + ", expected float32, float16 or bfloat16");
+      case ScalarType::Float:
+        return DType::kFloat32;
+      case ScalarType::Half:
+        return DType::kFloat16;
+      case ScalarType::BFloat16:
+        return DType::kBFloat16;
+      default:
+        fail(std::string(name) + " is " + text(dtype) + ", expected float32, float16 or bfloat16");
     }
   }
 
   // A 2-D tensor, columns next to each other, rows at any stride.
   Matrix matrix(const char* name, const Tensor& t) const {
     expect(t.dim() == 2, std::string(name) + " has shape " + text(t.sizes()) + ", expected (rows, columns)");
-    expect(t.size(0) < (int64_t(1) << 31), std::string(name) + " has " + std::to_string(t.size(0)) +
-                                               " rows, expected fewer than 2147483648");
+    expect(t.size(0) < (int64_t(1) << 31),
+           std::string(name) + " has " + std::to_string(t.size(0)) + " rows, expected fewer than 2147483648");
     expect(t.stride(1) == 1 || t.size(1) <= 1,
            std::string(name) + " has strides " + text(t.strides()) + ", expected 1 for the last dimension");
     same_device(name, t);
@@ -66,9 +75,9 @@ class Checks {
   }
 
   Matrix matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols, const char* like) const {
-    expect(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols,
-           std::string(name) + " has shape " + text(t.sizes()) + ", expected (" + std::to_string(rows) + ", " +
-               std::to_string(cols) + ") like " + like);
+    expect(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, std::string(name) + " has shape " + text(t.sizes()) +
+                                                                       ", expected (" + std::to_string(rows) + ", " +
+                                                                       std::to_string(cols) + ") like " + like);
     return matrix(name, t);
   }
 
@@ -79,9 +88,8 @@ class Checks {
   // A contiguous 1-D tensor of `size` elements in float32 or in `other`; absent is allowed.
   Vector vector(const char* name, const MaybeTensor& t, int64_t size, DType other, const char* like) const {
     if (!t) return {};
-    expect(t->dim() == 1 && t->size(0) == size,
-           std::string(name) + " has shape " + text(t->sizes()) + ", expected (" + std::to_string(size) + ") like " +
-               like);
+    expect(t->dim() == 1 && t->size(0) == size, std::string(name) + " has shape " + text(t->sizes()) + ", expected (" +
+                                                    std::to_string(size) + ") like " + like);
     expect(t->stride(0) == 1 || size <= 1, std::string(name) + " is not contiguous, expected a stride of 1");
     same_device(name, *t);
     const DType kind = dtype(name, t->scalar_type());

@@ -18,24 +18,42 @@ constexpr int kVec = 8;  // elements a thread handles at once: 16 bytes of a 16-
 template <typename T>
 constexpr DType dtype_of();
 template <>
-constexpr DType dtype_of<float>() { return DType::kFloat32; }
+constexpr DType dtype_of<float>() {
+  return DType::kFloat32;
+}
 template <>
-constexpr DType dtype_of<__half>() { return DType::kFloat16; }
+constexpr DType dtype_of<__half>() {
+  return DType::kFloat16;
+}
 template <>
-constexpr DType dtype_of<__nv_bfloat16>() { return DType::kBFloat16; }
+constexpr DType dtype_of<__nv_bfloat16>() {
+  return DType::kBFloat16;
+}
 
-__device__ inline float to_float(float v) { return v; }
-__device__ inline float to_float(__half v) { return __half2float(v); }
-__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline float to_float(float v) {
+  return v;
+}
+__device__ inline float to_float(__half v) {
+  return __half2float(v);
+}
+__device__ inline float to_float(__nv_bfloat16 v) {
+  return __bfloat162float(v);
+}
 
 template <typename T>
 __device__ inline T from_float(float v);
 template <>
-__device__ inline float from_float(float v) { return v; }
+__device__ inline float from_float(float v) {
+  return v;
+}
 template <>
-__device__ inline __half from_float(float v) { return __float2half_rn(v); }
+__device__ inline __half from_float(float v) {
+  return __float2half_rn(v);
+}
 template <>
-__device__ inline __nv_bfloat16 from_float(float v) { return __float2bfloat16_rn(v); }
+__device__ inline __nv_bfloat16 from_float(float v) {
+  return __float2bfloat16_rn(v);
+}
 
 // N elements as they lie in memory, in 32-bit words: half the registers of floats while several rows are in flight.
 template <typename T, int N>
@@ -137,9 +155,15 @@ __device__ inline float param(const Vector& p, int64_t index, float otherwise) {
 
 __device__ inline void store_param(const Vector& p, int64_t index, float v) {
   switch (p.dtype) {
-    case DType::kFloat32: static_cast<float*>(p.data)[index] = v; break;
-    case DType::kFloat16: static_cast<__half*>(p.data)[index] = __float2half_rn(v); break;
-    case DType::kBFloat16: static_cast<__nv_bfloat16*>(p.data)[index] = __float2bfloat16_rn(v); break;
+    case DType::kFloat32:
+      static_cast<float*>(p.data)[index] = v;
+      break;
+    case DType::kFloat16:
+      static_cast<__half*>(p.data)[index] = __float2half_rn(v);
+      break;
+    case DType::kBFloat16:
+      static_cast<__nv_bfloat16*>(p.data)[index] = __float2bfloat16_rn(v);
+      break;
   }
 }
 
@@ -177,7 +201,9 @@ inline bool aligned(const Matrix& m) {
   return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && bytes % 16 == 0;
 }
 
-inline bool aligned(const Vector& v) { return reinterpret_cast<uintptr_t>(v.data) % 16 == 0; }
+inline bool aligned(const Vector& v) {
+  return reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
+}
 
 inline int multiprocessors() {
   int device = 0, count = 0;
@@ -186,7 +212,9 @@ inline int multiprocessors() {
   return count > 0 ? count : 1;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 template <typename T>
 struct Type {
@@ -197,9 +225,12 @@ struct Type {
 template <typename F>
 cudaError_t with_type(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kFloat32: return f(Type<float>{});
-    case DType::kFloat16: return f(Type<__half>{});
-    case DType::kBFloat16: return f(Type<__nv_bfloat16>{});
+    case DType::kFloat32:
+      return f(Type<float>{});
+    case DType::kFloat16:
+      return f(Type<__half>{});
+    case DType::kBFloat16:
+      return f(Type<__nv_bfloat16>{});
   }
   return cudaErrorInvalidValue;
 }

@@ -92,8 +92,8 @@ static unsigned rows_per_sample(int64_t rows, int64_t samples) {
 
 cudaError_t launch_scale_residual_fwd(const ScaleResidualFwd& p, cudaStream_t stream) {
   const unsigned rows = rows_per_sample(p.pass.rows, p.samples);
-  const bool vectors = p.pass.cols % kVec == 0 && aligned(p.branch) && aligned(p.residual) && aligned(p.out) &&
-                       aligned(p.layer_scale);
+  const bool vectors =
+      p.pass.cols % kVec == 0 && aligned(p.branch) && aligned(p.residual) && aligned(p.out) && aligned(p.layer_scale);
   return with_types(p.out.dtype, p.branch.dtype, [&](auto out, auto branch) {
     using Out = typename decltype(out)::type;
     using Branch = typename decltype(branch)::type;
