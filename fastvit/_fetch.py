@@ -85,6 +85,7 @@ def fetch(package: Package, *, offline: bool = False, progress: Progress | None 
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
         free = shutil.disk_usage(folder).free
         if free < 3e6 * package.download_mb:
             raise DataError(
@@ -100,6 +101,13 @@ def fetch(package: Package, *, offline: bool = False, progress: Progress | None 
             "Free some space, or set FASTVIT_CACHE to a folder that can be written"
         ) from error
     return folder
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a killed download left a day or more ago; a younger one may still be running."""
+    for part in folder.glob(".part-*"):
+        if time.time() - part.stat().st_mtime > 86_400:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

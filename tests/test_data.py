@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
+import time
 import zipfile
 from hashlib import sha256
 from pathlib import Path
@@ -152,6 +154,14 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, client):
     monkeypatch.setenv("FASTVIT_CACHE", str(tmp_path / "file"))
     with pytest.raises(DataError, match=r"cannot write .*set FASTVIT_CACHE"):
         fetch(package())
+
+
+def test_leftovers_of_a_killed_download_go_with_the_next_one(cache, client):
+    for name, age in ((".part-old", 100_000), (".part-young", 10)):
+        (cache / name).mkdir(parents=True)
+        os.utime(cache / name, (time.time() - age,) * 2)
+    fetch(package())
+    assert sorted(path.name for path in cache.iterdir()) == [".part-young", "one.bin", "two.bin"]
 
 
 def test_npm_missing_is_told_with_what_needs_it(cache, monkeypatch):
