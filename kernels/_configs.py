@@ -17,6 +17,7 @@ class AotCase:
     num_warps: int
     num_stages: int
     divisible: tuple[str, ...] = ()  # arguments (pointers, strides) that are multiples of 16
+    archs: tuple[int, ...] = (80, 90, 100)  # where this setting is used
 
     def compile(self, arch: int) -> Any:
         """Compile for sm_<arch> (80, 90, 100); needs no GPU. The result holds ``asm`` and ``metadata``."""
@@ -33,33 +34,50 @@ class AotCase:
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """Tiles of one attention kernel. ``keys`` (short forward) or a ``block_n`` of all keys (short backward)."""
+    """Tiles of one attention kernel: ``block_m`` queries by ``block_n`` keys a step, or all keys in tiles ``keys``."""
 
     cols: tuple[int, ...]  # the head dim in powers of two, e.g. 80 = 64 + 16
     block_m: int
     block_n: int = 0
     keys: tuple[int, ...] = ()
-    short: bool = False
     num_warps: int = 4
     num_stages: int = 2
+
+    @property
+    def short(self) -> bool:
+        return bool(self.keys)
 
     def constexprs(self) -> dict[str, Any]:
         tiles: dict[str, Any] = {"COLS": self.cols, "BLOCK_M": self.block_m}
         return {**tiles, "KEYS": self.keys} if self.keys else {**tiles, "BLOCK_N": self.block_n}
 
 
-def attention_settings(kernel: str, dtype: Any, dim: int, keys: int) -> AttentionSettings:
-    """Settings of ``kernel`` ("fwd", "bwd", "bwd_dq") for a dtype, head dim and number of keys; "bwd" is short or dK, dV."""
-    cols = power_of_two_parts(dim, 16, 2)
-    if dtype.itemsize == 4:
-        return AttentionSettings(cols, 32, 32, num_stages=1)
-    tiles = power_of_two_parts(keys, 16, 3)
-    if kernel == "fwd" and sum(tiles) <= 256:
-        return AttentionSettings(cols, 64, keys=tiles, short=True)
-    if kernel == "bwd" and keys <= 256 and dim <= 64:
-        tiles = {1: (64,), 2: (128,), 3: (128, 64), 4: (128, 128)}[-(-keys // 64)]
-        return AttentionSettings(cols, 32, keys=tiles, short=True, num_warps=8)
-    return AttentionSettings(cols, 64, 64)
+def attention_settings(kernel: str, dtype: Any, dim: int, keys: int, hopper: bool = True) -> AttentionSettings:
+    """Settings of ``kernel`` for a dtype, head dim and number of keys.
+
+    kernel   "fwd"; "bwd", which is the short form or the one of dK and dV; "bwd_dq", which goes with the latter
+    hopper   operands may lie in shared memory (sm_90 and later); before, they take registers and tiles must be smaller
+    """
+    if dtype.itemsize == 4:  # IEEE products run on the plain FMA units, whose operands pass through registers
+        cols = tuple(32 if dim - start > 16 else 16 for start in range(0, dim, 32))
+        if kernel == "fwd":
+            return AttentionSettings(cols, 64, 32, num_warps=8)
+        return AttentionSettings(cols, 32, 32) if kernel == "bwd_dq" else AttentionSettings(cols, 16, 32)
+    wide = dim > 64
+    cols = power_of_two_parts(dim, 16, 2) if wide else power_of_two_parts(dim, 32, 1)
+    if kernel == "fwd":
+        tiles = power_of_two_parts(keys, 16, 3)
+        if sum(tiles) <= 256 and not (wide and not hopper):
+            return AttentionSettings(cols, 64, keys=tiles)
+        return AttentionSettings(cols, 128, 64, num_warps=8, num_stages=2 if wide else 3)
+    if kernel == "bwd_dq":
+        return AttentionSettings(cols, 64, 64 if hopper or not wide else 32)
+    if hopper and cols == (64,) and keys <= 256:  # dK and dV of a whole head stay in registers
+        tiles = (64,) if keys <= 64 else (128,) if keys <= 128 else (128, 128)
+        return AttentionSettings(cols, 32, keys=tiles, num_warps=8)
+    if hopper:
+        return AttentionSettings(cols, 64 if dim <= 96 else 32, 64)
+    return AttentionSettings(cols, 32, 64, num_warps=8 if dim > 96 else 4)
 
 
 def power_of_two_parts(size: int, unit: int, count: int) -> tuple[int, ...]:
@@ -115,7 +133,7 @@ class SumSettings:
         return {"BLOCK_B": self.block_b, "BLOCK_N": self.block_n}
 
 
-# named by the matrix units they feed: mma.sync (8.x, 12.x), wgmma (9.0), tcgen05 (10.x)
+# named by the least matrix unit they suit: mma.sync (8.x, 12.x), wgmma (9.0) and tcgen05 (10.x)
 PATCH_EMBED_MMA = {
     "fwd": PatchEmbedSettings(128, 128, 32, num_warps=8, num_stages=4),
     "dimages": PatchEmbedSettings(128, 128, 32, num_warps=8, num_stages=4),
@@ -126,7 +144,6 @@ PATCH_EMBED_WGMMA = {
     "dimages": PatchEmbedSettings(128, 128, 64, num_warps=8, num_stages=4),
     "dweight": PatchEmbedSettings(256, 128, 64, num_warps=8, num_stages=4),  # narrow on the side that is gathered
 }
-PATCH_EMBED_TCGEN05 = {**PATCH_EMBED_WGMMA}
 PATCH_EMBED_SMALL = PatchEmbedSettings(64, 64, 64, num_warps=4, num_stages=4)
 PATCH_EMBED_FP32 = PatchEmbedSettings(64, 64, 16, num_warps=4, num_stages=3)  # IEEE products, no tensor cores
 PATCH_EMBED_SUM = SumSettings(block_b=32, block_n=256, num_warps=4)
@@ -139,7 +156,7 @@ def patch_embed_settings(
 
     operand_bytes   of one value of either operand as it lies in memory: the stages must fit the shared memory
     """
-    large = {9: PATCH_EMBED_WGMMA, 10: PATCH_EMBED_TCGEN05}.get(device.arch // 10, PATCH_EMBED_MMA)[kernel]
+    large = (PATCH_EMBED_WGMMA if device.arch // 10 in (9, 10) else PATCH_EMBED_MMA)[kernel]
     if dtype.itemsize == 4:
         choice = PATCH_EMBED_FP32
     elif large.tiles(rows, cols) * splits >= device.processors:

@@ -7,9 +7,10 @@ for dQ, dK and dV. The streaming form walks over blocks of keys and takes any le
 Meaning: fastvit.reference.attention. Source of the ideas: "FlashAttention-2" (Dao, 2023).
 """
 
+# ruff: noqa: RUF005 - Triton knows no (*parts, part)
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -20,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configs import AotCase, AttentionSettings, attention_settings
-from ._math import cast, dot
+from ._math import cast
+from ._tiles import before, inner, load, load_tiles, outer, outer_t, row_sum, scaled, store, zeros, zeros_t
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -35,7 +37,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
 
     q        (B, H, Nq, D)  float16 | bfloat16 | float32; D a multiple of 8 from 32 to 128
     k, v     (B, H, Nk, D)  dtype of q
-    scale    not negative
+    scale    positive
     out      (B, H, Nq, D)  dtype of q, a view of a contiguous (B, Nq, H, D) tensor
     lse      (B, H, Nq)     float32
     """
@@ -45,7 +47,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     out = q.new_empty(batch, nq, heads, dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, nq, dtype=torch.float32)
     if q.numel():
-        _fwd_launch(q, k, v, out, lse, scale).run()
+        _fwd_launch(q, k, v, out, lse, scale, *_device(q.device)).run()
     return out, lse
 
 
@@ -71,32 +73,35 @@ def attention_bwd(
             raise ValueError(f"attention: {name} has stride {grad.stride(-1)} in its last dimension, expected 1")
     dout, q, k, v, out = (_rows(t) for t in (dout, q, k, v, out))
     if q.numel():
-        for launch in _bwd_launches(dout, q, k, v, out, lse, scale, dq, dk, dv):
+        _, hopper = _device(q.device)
+        for launch in _bwd_launches(dout, q, k, v, out, lse, scale, dq, dk, dv, hopper):
             launch.run()
 
 
 def aot_cases() -> list[AotCase]:
-    """Every shipped setting on packed inputs: ViT-B/16 at 224 (D = 64, N = 197) first."""
-    cases = []
-    for dtype, (dim, length) in product(
-        (torch.bfloat16, torch.float16, torch.float32),
-        ((64, 197), (64, 50), (64, 65), (64, 257), (64, 577), (32, 197), (40, 197), (72, 729), (80, 257), (88, 257),
-         (96, 197), (104, 257), (128, 197), (128, 1025)),
-    ):  # fmt: skip
+    """Every shipped setting on packed inputs, ViT-B/16 at 224 pixels (D = 64, N = 197) first."""
+    cases: dict[Any, AotCase] = {}
+    sizes = [(64, 197), (64, 50), (64, 65), (64, 150), (64, 577), (32, 197), (40, 197), (72, 729), (80, 257), (88, 197)]
+    sizes += [(96, 197), (96, 577), (104, 257), (128, 197), (128, 1025)]
+    for (dim, length), dtype, hopper in product(sizes, (torch.bfloat16, torch.float16, torch.float32), (True, False)):
         qkv = torch.empty(2, length, 3, 12, dim, dtype=dtype, device="meta")
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = torch.empty(2, length, 12, dim, dtype=dtype, device="meta").transpose(1, 2)
         lse = torch.empty(2, 12, length, device="meta")
-        launches = [_fwd_launch(q, k, v, out, lse, 0.125), *_bwd_launches(out, q, k, v, out, lse, 0.125, q, k, v)]
-        names = ("fwd", "bwd") if len(launches) == 2 else ("fwd", "bwd_dq", "bwd_dkv")
+        launches = [_fwd_launch(q, k, v, out, lse, 0.125, 132, hopper)]
+        launches += _bwd_launches(out, q, k, v, out, lse, 0.125, q, k, v, hopper)
         tag = f"{str(dtype).removeprefix('torch.')}_d{dim}_n{length}"
-        cases += [launch.aot_case(f"attention_{name}_{tag}") for name, launch in zip(names, launches, strict=True)]
-    return cases
+        for launch in launches:
+            archs: tuple[int, ...] = (90, 100) if hopper else (80,)
+            key = (launch.kernel.fn.__name__, launch.settings, dtype, dim, launch.constexprs["UNIT"])
+            case = cases.get(key) or launch.aot_case(f"{launch.kernel.fn.__name__.strip('_')}_{tag}")
+            cases[key] = replace(case, archs=tuple(sorted({*case.archs, *archs})))
+    return list(cases.values())
 
 
 def _check(q: Tensor, scale: float) -> None:
-    if not scale >= 0:
-        raise ValueError(f"attention: scale is {scale}, expected a number >= 0")
+    if not scale > 0:
+        raise ValueError(f"attention: scale is {scale}, expected a number > 0")
     if q.shape[-1] % 8 or not 32 <= q.shape[-1] <= 128:
         raise ValueError(f"attention: q has head dim {q.shape[-1]}, expected a multiple of 8 from 32 to 128")
 
@@ -125,16 +130,15 @@ class _Launch:
             )  # fmt: skip
 
     def aot_case(self, name: str) -> AotCase:
-        pointers = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-        types = [pointers[t.dtype] for t in self.tensors]
+        kinds = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+        types = [kinds[t.dtype] for t in self.tensors]
         types += ["fp32" if isinstance(value, float) else "i32" for value in self.scalars]
         types += ["constexpr"] * len(self.constexprs)
         names = self.kernel.arg_names
         signature = dict(zip(names, types, strict=True))
         warps, stages = self.settings.num_warps, self.settings.num_stages
-        return AotCase(
-            name, self.kernel, signature, self.constexprs, warps, stages, divisible=tuple(names[: len(self.tensors)])
-        )
+        pointers = tuple(names[: len(self.tensors)])
+        return AotCase(name, self.kernel, signature, self.constexprs, warps, stages, pointers, archs=())
 
 
 def _launch(
@@ -154,37 +158,43 @@ def _launch(
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def _device(device: torch.device) -> tuple[int, bool]:
+    """Number of multiprocessors, and whether they are Hopper's or later; for the interpreter, 1 of the latest."""
+    if device.type != "cuda":
+        return 1, True
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major >= 9
 
 
-def _fwd_launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> _Launch:
+def _fwd_launch(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, processors: int, hopper: bool
+) -> _Launch:
     batch, heads, nq, dim = q.shape
-    settings = attention_settings("fwd", q.dtype, dim, k.shape[2])
+    settings = attention_settings("fwd", q.dtype, dim, k.shape[2], hopper)
     tiles = triton.cdiv(nq, settings.block_m)
     scalars: tuple[float, ...] = (scale, heads, nq, k.shape[2])
     if not settings.short:
         return _launch(_attention_fwd_kernel, settings, tiles * batch * heads, (q, k, v, out), (lse,), scalars)
     # one program takes several query blocks of its head, as many as leave the device full
-    blocks = max(1, min(tiles, tiles * batch * heads // (4 * _processors(q.device))))
+    blocks = max(1, min(tiles, tiles * batch * heads // (4 * processors)))
     programs = triton.cdiv(tiles, blocks) * batch * heads
     return _launch(_attention_short_fwd_kernel, settings, programs, (q, k, v, out), (lse,), (*scalars, blocks))
 
 
 def _bwd_launches(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, dq: Tensor, dk: Tensor,
-    dv: Tensor,
+    dv: Tensor, hopper: bool,
 ) -> list[_Launch]:  # fmt: skip
     batch, heads, nq, dim = q.shape
     nk = k.shape[2]
     scalars = (scale, heads, nq, nk)
-    settings = attention_settings("bwd", q.dtype, dim, nk)
+    settings = attention_settings("bwd", q.dtype, dim, nk, hopper)
     if settings.short:
         rows = (q, k, v, out, dout, dq, dk, dv)
         return [_launch(_attention_short_bwd_kernel, settings, batch * heads, rows, (lse,), scalars)]
     # dQ goes first: it meets every row of dout and out, and leaves delta = sum(dout * out) for dK and dV
     delta = torch.empty_like(lse)
-    dq_settings = attention_settings("bwd_dq", q.dtype, dim, nk)
+    dq_settings = attention_settings("bwd_dq", q.dtype, dim, nk, hopper)
     dq_programs = triton.cdiv(nq, dq_settings.block_m) * batch * heads
     dkv_programs = triton.cdiv(nk, settings.block_n) * batch * heads
     return [
@@ -206,106 +216,20 @@ def _head(ptr, b, h, stride_b, stride_h, UNIT: tl.constexpr):
     return ptr + (b * stride_b + h * stride_h) * UNIT
 
 
-@triton.constexpr_function
-def _before(sizes, i):
-    """Where part ``i`` begins."""
-    return sum(sizes[:i])
+@triton.jit
+def _weights(scores, row_max, scale, IEEE: tl.constexpr):
+    """exp(scale * (scores - row_max)). float32 subtracts first, so large scores cancel exactly; half takes one fma."""
+    if IEEE:
+        return tl.exp2((scores - row_max) * (scale * _LOG2_E))
+    return tl.exp2(scores * (scale * _LOG2_E) - row_max * (scale * _LOG2_E))
 
 
 @triton.jit
-def _load(ptr, offs_n, stride_n, length, D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr):
-    """Rows of a head in column parts (rows, COLS[i]): a head dim of 80 is 64 + 16. Zero outside the tensor."""
-    parts = ()
-    for i in tl.static_range(len(COLS)):
-        cols = _before(COLS, i) + tl.arange(0, COLS[i])
-        mask = offs_n[:, None] < length
-        if _before(COLS, i + 1) > D:
-            mask = mask & (cols[None, :] < D)
-        parts = parts + (tl.load(ptr + (offs_n[:, None] * stride_n * UNIT + cols[None, :]), mask=mask, other=0.0),)
-    return parts
-
-
-@triton.jit
-def _load_tiles(ptr, stride_n, length, D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr):
-    """All rows of a head in tiles of ROWS[j] rows, each in column parts."""
-    tiles = ()
-    for j in tl.static_range(len(ROWS)):
-        offs_n = _before(ROWS, j) + tl.arange(0, ROWS[j])
-        tiles = tiles + (_load(ptr, offs_n, stride_n, length, D, UNIT, COLS),)
-    return tiles
-
-
-@triton.jit
-def _store(ptr, offs_n, stride_n, length, values, D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr):
-    """Round and store float32 column parts (rows, COLS[i])."""
-    for i in tl.static_range(len(COLS)):
-        cols = _before(COLS, i) + tl.arange(0, COLS[i])
-        mask = offs_n[:, None] < length
-        if _before(COLS, i + 1) > D:
-            mask = mask & (cols[None, :] < D)
-        ptrs = ptr + (offs_n[:, None] * stride_n * UNIT + cols[None, :])
-        tl.store(ptrs, cast(values[i], ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _zeros(ROWS: tl.constexpr, COLS: tl.constexpr):
-    parts = ()
-    for i in tl.static_range(len(COLS)):
-        parts = parts + (tl.zeros((ROWS, tl.constexpr(COLS[i])), tl.float32),)
-    return parts
-
-
-@triton.jit
-def _zeros_t(ROWS: tl.constexpr, COLS: tl.constexpr):
-    parts = ()
-    for i in tl.static_range(len(ROWS)):
-        parts = parts + (tl.zeros((tl.constexpr(ROWS[i]), COLS), tl.float32),)
-    return parts
-
-
-@triton.jit
-def _scaled(parts, factor):
-    scaled = ()
-    for i in tl.static_range(len(parts)):
-        scaled = scaled + (parts[i] * factor,)
-    return scaled
-
-
-@triton.jit
-def _inner(a, b):
-    """a b^T, summed over the column parts."""
-    total = dot(a[0], b[0].T)
-    for i in tl.static_range(1, len(a)):
-        total = dot(a[i], b[i].T, total)
-    return total
-
-
-@triton.jit
-def _outer(weights, values, acc):
-    """acc + weights values, part by part; weights are rounded to the dtype of values."""
-    weights = cast(weights, values[0].dtype)
-    parts = ()
-    for i in tl.static_range(len(values)):
-        parts = parts + (dot(weights, values[i], acc[i]),)
-    return parts
-
-
-@triton.jit
-def _outer_t(values, weights, acc):
-    """acc + values^T weights, part by part: the transpose of _outer without turning weights (queries in columns)."""
-    parts = ()
-    for i in tl.static_range(len(values)):
-        parts = parts + (dot(values[i].T, weights, acc[i]),)
-    return parts
-
-
-@triton.jit
-def _row_sum(a, b):
-    """sum(a * b) over the columns, in float32."""
-    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
-    for i in tl.static_range(1, len(a)):
-        total += tl.sum(a[i].to(tl.float32) * b[i].to(tl.float32), 1)
-    return total
+def _probabilities(scores, lse, scale, IEEE: tl.constexpr):
+    """exp(scale * scores - lse), with the same care."""
+    if IEEE:
+        return tl.exp2((scores * scale - lse) * _LOG2_E)
+    return tl.exp2(scores * (scale * _LOG2_E) - lse * _LOG2_E)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -319,27 +243,26 @@ def _attention_fwd_kernel(
     """One block of queries against all keys, block by block, with a running row maximum."""
     b, h, pid_m = _split_pid(tl.cdiv(Nq, BLOCK_M), H)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = _load(_head(q_ptr, b, h, stride_qb, stride_qh, UNIT), offs_m, stride_qn, Nq, D, UNIT, COLS)
+    q = load(_head(q_ptr, b, h, stride_qb, stride_qh, UNIT), offs_m, stride_qn, Nq, D, UNIT, COLS)
     k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
     v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
-    scale_log2 = scale * _LOG2_E
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc = _zeros(BLOCK_M, COLS)
+    acc = zeros(BLOCK_M, COLS)
     for start_n in range(0, Nk, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = _load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
-        v = _load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
+        k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+        v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
         # the last key block is ragged (N = 197): padded keys must not enter the row maximum
-        scores = tl.where(offs_n[None, :] < Nk, _inner(q, k), float("-inf"))
+        scores = tl.where(offs_n[None, :] < Nk, inner(q, k), float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
-        p = tl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
-        shrink = tl.exp2((row_max - new_max) * scale_log2)
+        p = _weights(scores, new_max[:, None], scale, k[0].dtype == tl.float32)
+        shrink = tl.exp2((row_max - new_max) * (scale * _LOG2_E))
         row_sum = row_sum * shrink + tl.sum(p, 1)
-        acc = _outer(p, v, _scaled(acc, shrink[:, None]))
+        acc = outer(p, v, scaled(acc, shrink[:, None]))
         row_max = new_max
     out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
-    _store(out_ptr, offs_m, stride_on, Nq, _scaled(acc, 1.0 / row_sum[:, None]), D, UNIT, COLS)
+    store(out_ptr, offs_m, stride_on, Nq, scaled(acc, 1.0 / row_sum[:, None]), D, UNIT, COLS)
     lse = row_max * scale + tl.log2(row_sum) * _LN_2
     tl.store(lse_ptr + (b * H + h) * Nq + offs_m, lse, mask=offs_m < Nq)
 
@@ -358,28 +281,27 @@ def _attention_short_fwd_kernel(
     k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
     v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
     out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
-    k = _load_tiles(k_ptr, stride_kn, Nk, D, UNIT, COLS, KEYS)
-    v = _load_tiles(v_ptr, stride_vn, Nk, D, UNIT, COLS, KEYS)
-    scale_log2 = scale * _LOG2_E
+    k = load_tiles(k_ptr, stride_kn, Nk, D, UNIT, COLS, KEYS)
+    v = load_tiles(v_ptr, stride_vn, Nk, D, UNIT, COLS, KEYS)
     begin = pid_m * blocks * BLOCK_M
     for start_m in range(begin, tl.minimum(begin + blocks * BLOCK_M, Nq), BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = _load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+        q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
         scores = ()
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         for j in tl.static_range(len(KEYS)):
-            tile = _inner(q, k[j])
+            tile = inner(q, k[j])
             if j == len(KEYS) - 1:  # only the last tile is ragged: padded keys must not enter the row maximum
-                tile = tl.where((_before(KEYS, j) + tl.arange(0, KEYS[j]))[None, :] < Nk, tile, float("-inf"))
+                tile = tl.where((before(KEYS, j) + tl.arange(0, KEYS[j]))[None, :] < Nk, tile, float("-inf"))
             row_max = tl.maximum(row_max, tl.max(tile, 1))
             scores = scores + (tile,)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
-        acc = _zeros(BLOCK_M, COLS)
+        acc = zeros(BLOCK_M, COLS)
         for j in tl.static_range(len(KEYS)):
-            p = tl.exp2(scores[j] * scale_log2 - (row_max * scale_log2)[:, None])
+            p = _weights(scores[j], row_max[:, None], scale, False)
             row_sum += tl.sum(p, 1)
-            acc = _outer(p, v[j], acc)
-        _store(out_ptr, offs_m, stride_on, Nq, _scaled(acc, 1.0 / row_sum[:, None]), D, UNIT, COLS)
+            acc = outer(p, v[j], acc)
+        store(out_ptr, offs_m, stride_on, Nq, scaled(acc, 1.0 / row_sum[:, None]), D, UNIT, COLS)
         lse = row_max * scale + tl.log2(row_sum) * _LN_2
         tl.store(lse_ptr + (b * H + h) * Nq + offs_m, lse, mask=offs_m < Nq)
 
@@ -396,26 +318,25 @@ def _attention_bwd_dq_kernel(
     b, h, pid_m = _split_pid(tl.cdiv(Nq, BLOCK_M), H)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     statistics = (b * H + h) * Nq + offs_m
-    out = _load(_head(out_ptr, b, h, stride_ob, stride_oh, UNIT), offs_m, stride_on, Nq, D, UNIT, COLS)
-    dout = _load(_head(dout_ptr, b, h, stride_dob, stride_doh, UNIT), offs_m, stride_don, Nq, D, UNIT, COLS)
-    delta = _row_sum(out, dout)
+    out = load(_head(out_ptr, b, h, stride_ob, stride_oh, UNIT), offs_m, stride_on, Nq, D, UNIT, COLS)
+    dout = load(_head(dout_ptr, b, h, stride_dob, stride_doh, UNIT), offs_m, stride_don, Nq, D, UNIT, COLS)
+    delta = row_sum(out, dout)
     tl.store(delta_ptr + statistics, delta, mask=offs_m < Nq)
-    q = _load(_head(q_ptr, b, h, stride_qb, stride_qh, UNIT), offs_m, stride_qn, Nq, D, UNIT, COLS)
+    q = load(_head(q_ptr, b, h, stride_qb, stride_qh, UNIT), offs_m, stride_qn, Nq, D, UNIT, COLS)
     k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
     v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
-    scale_log2 = scale * _LOG2_E
-    lse_log2 = tl.load(lse_ptr + statistics, mask=offs_m < Nq, other=0.0) * _LOG2_E
-    dq = _zeros(BLOCK_M, COLS)
+    lse = tl.load(lse_ptr + statistics, mask=offs_m < Nq, other=0.0)
+    dq = zeros(BLOCK_M, COLS)
     for start_n in range(0, Nk, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = _load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
-        v = _load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
+        k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+        v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
         # a padded key scores 0, perhaps far above a very negative lse: its p would overflow
-        scores = tl.where(offs_n[None, :] < Nk, _inner(q, k), float("-inf"))
-        p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
-        dq = _outer(p * (_inner(dout, v) - delta[:, None]), k, dq)
+        scores = tl.where(offs_n[None, :] < Nk, inner(q, k), float("-inf"))
+        p = _probabilities(scores, lse[:, None], scale, k[0].dtype == tl.float32)
+        dq = outer(p * (inner(dout, v) - delta[:, None]), k, dq)
     dq_ptr = _head(dq_ptr, b, h, stride_dqb, stride_dqh, UNIT)
-    _store(dq_ptr, offs_m, stride_dqn, Nq, _scaled(dq, scale), D, UNIT, COLS)
+    store(dq_ptr, offs_m, stride_dqn, Nq, scaled(dq, scale), D, UNIT, COLS)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -426,31 +347,30 @@ def _attention_bwd_dkv_kernel(
     scale, H, Nq, Nk,
     D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: dV = P^T dout, dK = scale * dS^T Q. Scores are (keys, queries), so that P^T needs no turning."""
+    """One block of keys: dV = P^T dout, dK = scale * dS^T Q. Scores are (keys, queries): P^T needs no turning."""
     b, h, pid_n = _split_pid(tl.cdiv(Nk, BLOCK_N), H)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = _load(_head(k_ptr, b, h, stride_kb, stride_kh, UNIT), offs_n, stride_kn, Nk, D, UNIT, COLS)
-    v = _load(_head(v_ptr, b, h, stride_vb, stride_vh, UNIT), offs_n, stride_vn, Nk, D, UNIT, COLS)
+    k = load(_head(k_ptr, b, h, stride_kb, stride_kh, UNIT), offs_n, stride_kn, Nk, D, UNIT, COLS)
+    v = load(_head(v_ptr, b, h, stride_vb, stride_vh, UNIT), offs_n, stride_vn, Nk, D, UNIT, COLS)
     q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
     dout_ptr = _head(dout_ptr, b, h, stride_dob, stride_doh, UNIT)
-    scale_log2 = scale * _LOG2_E
-    dk = _zeros(BLOCK_N, COLS)
-    dv = _zeros(BLOCK_N, COLS)
+    dk = zeros(BLOCK_N, COLS)
+    dv = zeros(BLOCK_N, COLS)
     for start_m in range(0, Nq, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = _load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
-        dout = _load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
+        q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+        dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
         statistics = (b * H + h) * Nq + offs_m
         # a padded query has lse = inf, hence p = 0
-        lse_log2 = tl.load(lse_ptr + statistics, mask=offs_m < Nq, other=float("inf")) * _LOG2_E
+        lse = tl.load(lse_ptr + statistics, mask=offs_m < Nq, other=float("inf"))
         delta = tl.load(delta_ptr + statistics, mask=offs_m < Nq, other=0.0)
-        p = tl.exp2(_inner(k, q) * scale_log2 - lse_log2[None, :])
-        dv = _outer(p, dout, dv)
-        dk = _outer(p * (_inner(v, dout) - delta[None, :]), q, dk)
+        p = _probabilities(inner(k, q), lse[None, :], scale, k[0].dtype == tl.float32)
+        dv = outer(p, dout, dv)
+        dk = outer(p * (inner(v, dout) - delta[None, :]), q, dk)
     dk_ptr = _head(dk_ptr, b, h, stride_dkb, stride_dkh, UNIT)
-    _store(dk_ptr, offs_n, stride_dkn, Nk, _scaled(dk, scale), D, UNIT, COLS)
+    store(dk_ptr, offs_n, stride_dkn, Nk, scaled(dk, scale), D, UNIT, COLS)
     dv_ptr = _head(dv_ptr, b, h, stride_dvb, stride_dvh, UNIT)
-    _store(dv_ptr, offs_n, stride_dvn, Nk, dv, D, UNIT, COLS)
+    store(dv_ptr, offs_n, stride_dvn, Nk, dv, D, UNIT, COLS)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -462,50 +382,49 @@ def _attention_short_bwd_kernel(
     scale, H, Nq, Nk,
     D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One head: its queries, block by block, against all its keys in tiles of KEYS rows. Each score is computed once."""
+    """One head: its queries, block by block, against all keys, in tiles of KEYS rows. Each score is computed once."""
     b, h, _ = _split_pid(1, H)
-    k = _load_tiles(_head(k_ptr, b, h, stride_kb, stride_kh, UNIT), stride_kn, Nk, D, UNIT, COLS, KEYS)
-    v = _load_tiles(_head(v_ptr, b, h, stride_vb, stride_vh, UNIT), stride_vn, Nk, D, UNIT, COLS, KEYS)
+    k = load_tiles(_head(k_ptr, b, h, stride_kb, stride_kh, UNIT), stride_kn, Nk, D, UNIT, COLS, KEYS)
+    v = load_tiles(_head(v_ptr, b, h, stride_vb, stride_vh, UNIT), stride_vn, Nk, D, UNIT, COLS, KEYS)
     q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
     out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
     dout_ptr = _head(dout_ptr, b, h, stride_dob, stride_doh, UNIT)
     dq_ptr = _head(dq_ptr, b, h, stride_dqb, stride_dqh, UNIT)
-    scale_log2 = scale * _LOG2_E
     dk = ()
     dv = ()
     for j in tl.static_range(len(KEYS)):
-        dk = dk + (_zeros(KEYS[j], COLS),)
-        dv = dv + (_zeros(KEYS[j], COLS),)
+        dk = dk + (zeros(KEYS[j], COLS),)
+        dv = dv + (zeros(KEYS[j], COLS),)
     for start_m in range(0, Nq, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = _load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
-        out = _load(out_ptr, offs_m, stride_on, Nq, D, UNIT, COLS)
-        dout = _load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
-        delta = _row_sum(out, dout)
+        q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+        out = load(out_ptr, offs_m, stride_on, Nq, D, UNIT, COLS)
+        dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
+        delta = row_sum(out, dout)
         # a padded query has lse = inf, hence p = 0
         lse_ptrs = lse_ptr + (b * H + h) * Nq + offs_m
-        lse_log2 = tl.load(lse_ptrs, mask=offs_m < Nq, other=float("inf")) * _LOG2_E
+        lse = tl.load(lse_ptrs, mask=offs_m < Nq, other=float("inf"))
         new_dk = ()
         new_dv = ()
-        dq_t = _zeros_t(COLS, BLOCK_M)
+        dq_t = zeros_t(COLS, BLOCK_M)
         for j in tl.static_range(len(KEYS)):
-            scores = _inner(k[j], q)
+            scores = inner(k[j], q)
             if j == len(KEYS) - 1:  # a padded key scores 0, perhaps far above a very negative lse: its p would overflow
-                scores = tl.where((_before(KEYS, j) + tl.arange(0, KEYS[j]))[:, None] < Nk, scores, float("-inf"))
-            p = tl.exp2(scores * scale_log2 - lse_log2[None, :])
-            new_dv = new_dv + (_outer(p, dout, dv[j]),)
-            ds = cast(p * (_inner(v[j], dout) - delta[None, :]), q[0].dtype)
-            new_dk = new_dk + (_outer(ds, q, dk[j]),)
-            dq_t = _outer_t(k[j], ds, dq_t)
+                scores = tl.where((before(KEYS, j) + tl.arange(0, KEYS[j]))[:, None] < Nk, scores, float("-inf"))
+            p = _probabilities(scores, lse[None, :], scale, False)
+            new_dv = new_dv + (outer(p, dout, dv[j]),)
+            ds = cast(p * (inner(v[j], dout) - delta[None, :]), q[0].dtype)
+            new_dk = new_dk + (outer(ds, q, dk[j]),)
+            dq_t = outer_t(k[j], ds, dq_t)
         dk = new_dk
         dv = new_dv
         dq = ()
         for i in tl.static_range(len(COLS)):
             dq = dq + (dq_t[i].T * scale,)
-        _store(dq_ptr, offs_m, stride_dqn, Nq, dq, D, UNIT, COLS)
+        store(dq_ptr, offs_m, stride_dqn, Nq, dq, D, UNIT, COLS)
     dk_ptr = _head(dk_ptr, b, h, stride_dkb, stride_dkh, UNIT)
     dv_ptr = _head(dv_ptr, b, h, stride_dvb, stride_dvh, UNIT)
     for j in tl.static_range(len(KEYS)):
-        offs_n = _before(KEYS, j) + tl.arange(0, KEYS[j])
-        _store(dk_ptr, offs_n, stride_dkn, Nk, _scaled(dk[j], scale), D, UNIT, COLS)
-        _store(dv_ptr, offs_n, stride_dvn, Nk, dv[j], D, UNIT, COLS)
+        offs_n = before(KEYS, j) + tl.arange(0, KEYS[j])
+        store(dk_ptr, offs_n, stride_dkn, Nk, scaled(dk[j], scale), D, UNIT, COLS)
+        store(dv_ptr, offs_n, stride_dvn, Nk, dv[j], D, UNIT, COLS)
