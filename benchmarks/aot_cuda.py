@@ -1,6 +1,6 @@
 """Compile every .cu file ahead of time and read what ptxas says: registers, shared memory, spills. Needs no GPU.
 
-python benchmarks/aot_cuda.py [--arch 80 90a 100] [--json] [name ...]      exits 1 when a kernel spills
+python benchmarks/aot_cuda.py [--arch 90a] [--json] [name ...]      exits 1 when a kernel spills
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ def rows(names: Iterable[str] = (), arches: Iterable[str] = ARCHES) -> list[dict
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="files of csrc/cuda, without .cu; default all")
-    parser.add_argument("--arch", nargs="+", default=list(ARCHES))
+    parser.add_argument("--arch", action="append", help="80, 90a or 100, once each; default all")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args(argv)
-    found = rows(options.names, options.arch)
+    found = rows(options.names, options.arch or ARCHES)
     if options.json:
         print(json.dumps(found, indent=1))
     else:
