@@ -179,7 +179,7 @@ def _encoder_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     except Exception as error:
         raise CheckpointError(f"{path}: is no readable ONNX file ({error})") from error
     arrays = {tensor.name: tensor for tensor in graph.initializer}
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for node in graph.node:
         if not node.name.startswith("/backbone/"):
             continue

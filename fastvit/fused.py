@@ -45,19 +45,7 @@ _HOMES = {
     "PatchEmbed": (_OURS, "timm.layers.patch_embed"),
     "Block": (_OURS, _TIMM_VIT),
 }
-for _name in (
-    "CELU",
-    "ELU",
-    "Hardsigmoid",
-    "Hardswish",
-    "LeakyReLU",
-    "Mish",
-    "ReLU",
-    "SELU",
-    "SiLU",
-    "Sigmoid",
-    "Tanh",
-):
+for _name in ("ELU", "Hardsigmoid", "Hardswish", "LeakyReLU", "Mish", "ReLU", "SELU", "SiLU", "Sigmoid", "Tanh"):
     _HOMES[_name] = ("torch.nn.modules.activation",)
 _KINDS = {(home, f"{kind}.forward"): kind for kind, homes in _HOMES.items() for home in homes}
 _KIND_OF_TYPE: dict[type, str] = {}
@@ -122,7 +110,7 @@ def _why_not_norm_linear(norm: nn.Module, norm_name: str, linear: nn.Module, lin
     return why_not_skip(norm, norm_name, "LayerNorm") or why_not_skip(linear, linear_name, "Linear")
 
 
-def _why_not_attention_module(attn: nn.Module) -> list[str]:
+def _why_not_attention_module(attn: Any) -> list[str]:
     """Reasons why ``attn`` must be called as a whole; otherwise its parts are judged one by one."""
     reasons = why_not_skip(attn, "attn", "Attention")
     if reasons:
@@ -134,7 +122,7 @@ def _why_not_attention_module(attn: nn.Module) -> list[str]:
     return []
 
 
-def _why_not_packed(attn: nn.Module) -> list[str]:
+def _why_not_packed(attn: Any) -> list[str]:
     return why_not_skip(attn.q_norm, "attn.q_norm", "Identity") or why_not_skip(attn.k_norm, "attn.k_norm", "Identity")
 
 
@@ -170,7 +158,7 @@ def _branch(block: Any, number: int) -> tuple[nn.Module | None, nn.Module | None
     return getattr(block, f"ls{number}", None), getattr(block, f"drop_path{number}", None)
 
 
-def _why_not_block(block: nn.Module) -> list[str]:
+def _why_not_block(block: Any) -> list[str]:
     if kind_of(block) != "Block":
         return [f"block is a {type(block).__qualname__}, expected timm's or fastvit's Block"]
     if (
@@ -183,7 +171,7 @@ def _why_not_block(block: nn.Module) -> list[str]:
     return ["torch.jit is tracing"] if torch.jit.is_tracing() else []
 
 
-def why_not_fused(block: nn.Module) -> list[str]:
+def why_not_fused(block: Any) -> list[str]:
     """Every reason why a part of ``block`` runs outside the four fused ops in its present mode; [] when none does."""
     reasons = _why_not_block(block)
     if reasons:
@@ -396,9 +384,9 @@ def embed_forward(vit: Any, images: Tensor, mean: Tensor | None = None, std: Ten
     if grid is None:
         pixels = images if mean is None else normalize_pixels(images, mean, std, weight.dtype)
         return vit._pos_embed(embed(pixels))
-    height, width = grid[0] * weight.shape[2], grid[1] * weight.shape[3]
-    if (height, width) != tuple(images.shape[2:]):  # pads when larger; crops, as a strided convolution does, when not
-        images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
+    below, right = grid[0] * weight.shape[2] - images.shape[2], grid[1] * weight.shape[3] - images.shape[3]
+    if below != 0 or right != 0:  # pads when positive; crops, as a strided convolution does, when negative
+        images = F.pad(images, (0, right, 0, below))
     pos_embed = vit.pos_embed
     if pos_embed is not None and vit.dynamic_img_size:
         num_prefix_tokens = 0 if vit.no_embed_class else vit.num_prefix_tokens
@@ -426,10 +414,11 @@ def _prefix(vit: Any) -> Tensor | None:
 def _grid(embed: Any, images: Tensor) -> tuple[int, int] | None:
     """The grid of patches of ``images``; None when ``embed`` would refuse their size (and should say so itself)."""
     (height, width), (rows, columns) = images.shape[2:], embed.patch_size
-    if embed.dynamic_img_pad:
-        padded = (-(-height // rows), -(-width // columns))
-        strict = embed.img_size is not None and embed.strict_img_size
-        return padded if not strict or (height, width) == tuple(embed.img_size) else None
     if embed.img_size is not None and embed.strict_img_size:
-        return (height // rows, width // columns) if (height, width) == tuple(embed.img_size) else None
-    return (height // rows, width // columns) if height % rows == 0 and width % columns == 0 else None
+        if height != embed.img_size[0] or width != embed.img_size[1]:
+            return None
+    elif not embed.dynamic_img_pad and (height % rows != 0 or width % columns != 0):
+        return None
+    if embed.dynamic_img_pad:
+        return -(-height // rows), -(-width // columns)
+    return height // rows, width // columns

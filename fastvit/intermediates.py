@@ -13,7 +13,7 @@ from .norm_act import one_of
 class IntermediateLayers(nn.Module):
     """Methods of a ViT that read or keep only some of its blocks."""
 
-    blocks: nn.Sequential
+    blocks: Any
     norm: nn.Module
     fc_norm: nn.Module
     patch_embed: Any

@@ -176,7 +176,7 @@ class PatchEmbed(nn.Module):
             with torch.no_grad():
                 self.proj.weight.copy_(resample_patch_weight(old.weight, self.patch_size))
                 self.proj.weight.requires_grad_(old.weight.requires_grad)
-                if old.bias is not None:
+                if old.bias is not None and self.proj.bias is not None:
                     self.proj.bias.copy_(old.bias)
                     self.proj.bias.requires_grad_(old.bias.requires_grad)
         self._set_img_size(img_size or self.img_size)
@@ -276,13 +276,19 @@ class Attention(nn.Module):
 def _attend_in_plain_sight(attn: Any, qkv: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     q, k, v = unpack_qkv(qkv, attn.num_heads)
     scores = attn.q_norm(q) * attn.scale @ attn.k_norm(k).transpose(-2, -1)
+    weights = _masked(scores, attn_mask, is_causal).softmax(dim=-1)
+    return (attn.attn_drop(weights) @ v).transpose(1, 2).flatten(2)
+
+
+def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     if is_causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
-    elif attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, float("-inf"))
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    return (attn.attn_drop(scores.softmax(dim=-1)) @ v).transpose(1, 2).flatten(2)
+        return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+    if attn_mask is None:
+        return scores
+    return scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else scores + attn_mask
+
+
+torch.fx.wrap("_masked")  # which branch it takes is decided when a traced graph runs
 
 
 class Mlp(nn.Module):

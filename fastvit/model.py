@@ -119,6 +119,7 @@ class VisionTransformer(IntermediateLayers):
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
         self.cls_only_last_block = cls_only_last_block
+        self.pretrained_cfg: dict[str, Any] = {}
         self._set_pixel_statistics(pixel_mean, pixel_std, device)
 
         embed_args: dict[str, Any] = {"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}
@@ -179,7 +180,7 @@ class VisionTransformer(IntermediateLayers):
         self.attn_pool = self._attention_pool(num_heads, mlp_ratio, norm, act, factory)
         self.fc_norm = norm(embed_dim, **factory) if final_norm and use_fc_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
+        self.head: nn.Module = nn.Linear(embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
         self.fix_init = fix_init
         if weight_init != "skip":
@@ -198,19 +199,22 @@ class VisionTransformer(IntermediateLayers):
     def _set_pixel_statistics(self, mean: Sequence[float] | None, std: Sequence[float] | None, device: Any) -> None:
         if (mean is None) != (std is None):
             raise ValueError("pixel_mean and pixel_std belong together, only one was given")
-        for name, values in (("pixel_mean", mean), ("pixel_std", std)):
+        self._pixel_statistics = {"pixel_mean": mean, "pixel_std": std}
+        for name, values in self._pixel_statistics.items():
             if values is not None and len(values) != self.in_chans:
                 raise ValueError(f"{name} has {len(values)} values, expected one for each of {self.in_chans} channels")
             buffer = None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
             self.register_buffer(name, buffer, persistent=False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> VisionTransformer:
-        """Move and cast as usual, but keep the pixel statistics in float32: half precision would change the image."""
-        before = self.pixel_mean, self.pixel_std
+        """Move and cast as usual, but keep the pixel statistics: in float32, and with values after a stay on meta."""
+        before = {name: getattr(self, name) for name in self._pixel_statistics}
         super()._apply(fn, recurse)
-        for name, exact in zip(("pixel_mean", "pixel_std"), before, strict=True):
-            if exact is not None and getattr(self, name).dtype != exact.dtype:
-                setattr(self, name, exact.to(getattr(self, name).device))
+        for name, old in before.items():
+            new = getattr(self, name)
+            if old is not None and (new.dtype != old.dtype or (old.is_meta and not new.is_meta)):
+                exact = torch.tensor(self._pixel_statistics[name], dtype=torch.float32, device=new.device)
+                setattr(self, name, exact)
         return self
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
@@ -271,10 +275,11 @@ class VisionTransformer(IntermediateLayers):
             self.attn_pool = self.attn_pool if attends else None
             self.global_pool = global_pool
         self.num_classes = num_classes
-        like, head = next(self.parameters()), nn.Identity()
+        like = next(self.parameters())
+        self.head = nn.Identity()
         if num_classes > 0:
-            head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
-        self.head = head.train(self.training)
+            self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+        self.head.train(self.training)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Take images or patches of another size; the position table and the patch projection are resampled."""
@@ -294,7 +299,7 @@ class VisionTransformer(IntermediateLayers):
         prefix = [token.expand(x.shape[0], -1, -1) for token in tokens]
         if self.pos_embed is None:
             return torch.cat([*prefix, x], dim=1)
-        pos_embed = self.pos_embed
+        pos_embed: Tensor = self.pos_embed
         if grid:
             num_prefix_tokens = 0 if self.no_embed_class else self.num_prefix_tokens
             pos_embed = resample_pos_embed(pos_embed, grid, self.patch_embed.grid_size, num_prefix_tokens)

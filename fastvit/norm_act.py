@@ -36,8 +36,7 @@ class RmsNorm(nn.Module):
         super().__init__()
         self.normalized_shape = (channels,)
         self.eps = eps
-        weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype)) if affine else None
-        self.register_parameter("weight", weight)
+        self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype)) if affine else None
 
     def reset_parameters(self) -> None:
         if self.weight is not None:

@@ -233,7 +233,7 @@ def _variants() -> dict[str, Variant]:
     for name, size, patch, sides, num_classes, (mean, std), other in ROWS:
         width, depth, heads, ratio = SIZES[size]
         for side in sides:
-            arguments = {"img_size": side, "patch_size": patch, "embed_dim": width, "depth": depth}
+            arguments: dict[str, Any] = {"img_size": side, "patch_size": patch, "embed_dim": width, "depth": depth}
             arguments |= {"num_heads": heads, "mlp_ratio": ratio, **other}
             variants[name.format(side)] = Variant(arguments, num_classes, mean, std)
     return variants

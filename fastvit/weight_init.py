@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def init_weights(model: nn.Module, mode: str, head_bias: float, needs_reset: boo
             module.reset_parameters()
 
 
-def _children_first(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _children_first(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name
         yield from _children_first(child, path)
