@@ -150,14 +150,18 @@ def test_a_missed_certificate_ends_with_one(tmp_path, monkeypatch):
 
     def missed(*args, **kwargs):
         result = parity_report(*args, **kwargs)
-        result["rows"][0]["passed"] = result["passed"] = False
+        result["rows"][0] |= {"rms_error": float("nan"), "passed": False}
+        result["passed"] = False
         return result
 
     parity_report = parity.parity_report
     monkeypatch.setattr(parity, "parity_report", missed)
     code, out = run_demo(tmp_path, "--offline")
     assert code == MISSED
-    assert json.loads((out / "demo.json").read_text())["passed"] is False
+    result = json.loads((out / "demo.json").read_text())
+    assert result["passed"] is False
+    assert result["certificate"]["worst"][0]["rms_error"] is None
+    assert (out / "demo.png").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_told_at_once(tmp_path, capsys):

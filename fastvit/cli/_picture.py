@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def _headline(figure: Any, result: dict[str, Any]) -> None:
     machine = result["machine"]
     figure.text(0.035, 0.955, "fastvit", fontsize=24, weight="bold", color=OURS)
     figure.text(0.125, 0.957, f"stock PyTorch and fastvit side by side on a {result['weights']}", fontsize=17)
-    facts = f"{machine['device']}, {machine['cores']} CPU threads, torch {machine['torch']}"
+    facts = f"{machine['device']}, CPU threads: {machine['cores']}, torch {machine['torch']}"
     facts += f"; stock is {result['stock']}"
     figure.text(0.035, 0.925, facts, fontsize=10, color="#52606d")
 
@@ -104,48 +105,53 @@ def _neighbours(figure: Any, area: Any, pictures: dict[str, Any], result: dict[s
 def _errors(axes: Any, certificate: dict[str, Any]) -> None:
     """Root-mean-square errors of the worst rows, on a logarithmic scale."""
     rows = certificate["worst"]
-    names = [f"{'forward' if row['name'] == 'output' else 'gradients, worst'}, {row['dtype']}" for row in rows]
-    _pairs(axes, names, [row["rms_error_eager"] for row in rows], [row["rms_error"] for row in rows], "{:.1e}")
+    names = [f"{'forward' if row['name'] == 'output' else 'worst gradient'}\n{row['dtype']}" for row in rows]
+    measured = [(row["rms_error_eager"], row["rms_error"]) for row in rows]
+    # NaN and infinity have no place on an axis: the bar is then the longest, the label says what it is
+    worst = max((error for pair in measured for error in pair if math.isfinite(error)), default=1.0)
+    errors = [(_or(stock, worst), _or(ours, worst)) for stock, ours in measured]
+    _pairs(axes, names, errors, [(f"{stock:.1e}", f"{ours:.1e}") for stock, ours in measured])
     axes.set_xscale("log")
-    low = min(min(row["rms_error"], row["rms_error_eager"]) for row in rows)
-    high = max(max(row["rms_error"], row["rms_error_eager"]) for row in rows)
-    axes.set_xlim(max(low, 1e-12) / 10, high * 30)
+    axes.set_xlim(max(min(map(min, errors)), 1e-12) / 10, max(map(max, errors)) * 30)
     axes.set_xlabel("rms error against float64")
     verdict, colour = ("passed", GOOD) if certificate["passed"] else ("MISSED", BAD)
     axes.set_title(f"As accurate as stock PyTorch: certificate {verdict}", color=colour)
-    axes.legend(loc="lower right", frameon=False)
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="upper right", bbox_to_anchor=(0.98, 0.985), ncols=2)
+
+
+def _or(error: float, otherwise: float) -> float:
+    return error if math.isfinite(error) else otherwise
 
 
 def _speed(axes: Any, rows: list[dict[str, Any]]) -> None:
-    stock = [row for row in rows if row["provider"] == "stock"]
-    ours = [row for row in rows if row["provider"] == "fastvit"]
-    names = [f"{_MODES[row['mode']]}, {row['dtype']}, batch {row['batch']}" for row in ours]
-    labels = [_speed_label(a, b) for a, b in zip(stock, ours, strict=True)]
-    _pairs(axes, names, [row["images_per_s"] for row in stock], [row["images_per_s"] for row in ours], "{:.0f}", labels)
-    axes.set_xlim(0, max(row["images_per_s"] for row in rows) * 1.5)
-    slowest = min(row["speedup"] for row in ours)
-    axes.set_title(
-        f"{'Faster' if slowest > 1 else 'Speed'}, {ours[0]['image_size']} px: images/s, speedup, peak memory"
-    )
+    both = list(zip(*([row for row in rows if row["provider"] == name] for name in ("stock", "fastvit")), strict=True))
+    names = [f"{_MODES[ours['mode']]}, batch {ours['batch']}\n{ours['dtype']}" for _, ours in both]
+    rates = [(stock["images_per_s"], ours["images_per_s"]) for stock, ours in both]
+    _pairs(axes, names, rates, [(_rate(stock["images_per_s"]), _speed_label(stock, ours)) for stock, ours in both])
+    axes.set_xlim(0, max(map(max, rates)) * 1.6)
+    slowest = min(ours["speedup"] for _, ours in both)
+    side = both[0][0]["image_size"]
+    axes.set_title(f"{'Faster' if slowest > 1 else 'Speed'}, {side} px: images/s, speedup, peak memory")
 
 
 def _speed_label(stock: dict[str, Any], ours: dict[str, Any]) -> str:
-    text = f"{ours['images_per_s']:.0f}   {ours['speedup']:.2f}x"
+    text = f"{_rate(ours['images_per_s'])}   {ours['speedup']:.2f}x"
     if stock["peak_mb"] is not None and ours["peak_mb"] is not None:
         text += f"   {ours['peak_mb']:.0f} of {stock['peak_mb']:.0f} MB"
     return text
 
 
-def _pairs(
-    axes: Any, names: list[str], stock: list[float], ours: list[float], form: str, labels: list[str] | None = None
-) -> None:
-    """Horizontal bars, stock above fastvit, each with its value."""
-    for side, (values, colour, name) in enumerate(((stock, STOCK, "stock"), (ours, OURS, "fastvit"))):
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _pairs(axes: Any, names: list[str], values: list[tuple[float, float]], labels: list[tuple[str, str]]) -> None:
+    """Horizontal bars, stock above fastvit, each with its label."""
+    for side, (colour, provider) in enumerate(((STOCK, "stock"), (OURS, "fastvit"))):
         places = [i + (side - 0.5) * 0.38 for i in range(len(names))]
-        axes.barh(places, values, height=0.34, color=colour, label=name)
-        texts = labels if side and labels else [form.format(value) for value in values]
-        for place, value, text in zip(places, values, texts, strict=True):
-            axes.text(value, place, f"  {text}", va="center", fontsize=9, weight="bold" if side else None)
+        axes.barh(places, [pair[side] for pair in values], height=0.34, color=colour, label=provider)
+        for place, pair, texts in zip(places, values, labels, strict=True):
+            axes.text(pair[side], place, f"  {texts[side]}", va="center", fontsize=9, weight="bold" if side else None)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)

@@ -90,10 +90,10 @@ def run(args: argparse.Namespace) -> int:
     result["certificate"] = _certificate(models["fastvit"], photos, device, screen)
     result["throughput"] = _throughput(inputs, photos, sizes, device, screen)
     result["knn"], pictures = _neighbours(inputs, sizes, device, screen) if inputs.cifar else (None, {})
-    pictures |= _features(models, photos, device)
-    _picture.draw(args.out / "demo.png", result, pictures)
     passed = result["certificate"]["passed"] and (result["knn"] is None or result["knn"]["same_predictions"])
     _common.write_json(args.out / "demo.json", result | {"passed": passed})
+    pictures |= _features(models, photos, device)
+    _picture.draw(args.out / "demo.png", result, pictures)
     screen.print(f"Wrote {args.out / 'demo.png'} and {args.out / 'demo.json'}")
     return _common.FINE if passed else _common.MISSED
 
