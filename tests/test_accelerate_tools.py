@@ -13,7 +13,7 @@ from tiny_vits import SIZES, build, images, is_overridden, one_thread, results
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from fastvit import accelerate, restore
+from fastvit import accelerate, dispatch, restore
 from fastvit.testing import assert_as_accurate
 
 
@@ -213,7 +213,10 @@ def test_gradients_for_each_sample():
 
     expected = each_sample()
     accelerate(model)
-    for name, value in each_sample().items():
+    with dispatch.recording() as calls:
+        fused = each_sample()
+    assert not calls, "the fused ops have no rule for vmap"
+    for name, value in fused.items():
         torch.testing.assert_close(value, expected[name], msg=name)
 
 
@@ -224,11 +227,13 @@ def test_forward_mode():
         block.attn.fused_attn = False
     expected = jvp(model, (x,), (x,))
     accelerate(model)
-    for value, wanted in zip(jvp(model, (x,), (x,)), expected, strict=True):
-        torch.testing.assert_close(value, wanted)
-    with torch.autograd.forward_ad.dual_level():
-        dual = model(torch.autograd.forward_ad.make_dual(x, x))
-        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected[1])
+    with dispatch.recording() as calls:
+        for value, wanted in zip(jvp(model, (x,), (x,)), expected, strict=True):
+            torch.testing.assert_close(value, wanted)
+        with torch.autograd.forward_ad.dual_level():
+            dual = model(torch.autograd.forward_ad.make_dual(x, x))
+            torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected[1])
+    assert not calls, "the fused ops have no forward derivative"
 
 
 def test_checkpointing_by_hand():
