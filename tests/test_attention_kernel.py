@@ -179,7 +179,7 @@ def test_output_and_gradient_layouts():
 @pytest.mark.parametrize(("dtype", "tokens"), [(FP32, 50), (BF16, 50), (FP16, 50), (BF16, 260)], ids=str)
 def test_large_magnitude(dtype, tokens):
     """Scores of many hundreds. In float32 their own rounding, hence the order of the dot's sum, decides the error."""
-    assert_parity(*packed(1, tokens, 1, 64, dtype, scale=10.0), factor=8.0 if dtype == FP32 else 2.0)
+    assert_parity(*packed(1, tokens, 1, 64, dtype, scale=10.0), factor=16.0 if dtype == FP32 else 2.0)
 
 
 @pytest.mark.parametrize(("dtype", "tokens"), [(FP32, 50), (BF16, 50), (BF16, 260)], ids=str)
