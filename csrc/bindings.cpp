@@ -32,11 +32,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled CPU operators of fastvit";
   m.def("layernorm_linear_fwd", &cpu::layernorm_linear_fwd, no_gil, "x"_a, "norm_weight"_a, "norm_bias"_a, "weight"_a,
         "bias"_a, "eps"_a, "cache"_a);
+  m.def("layernorm_linear_bwd", &cpu::layernorm_linear_bwd, no_gil, "dout"_a, "x"_a, "mean"_a, "rstd"_a,
+        "norm_weight"_a, "norm_bias"_a, "weight"_a, "mask"_a);
   m.def("linear_residual_fwd", &cpu::linear_residual_fwd, no_gil, "x"_a, "weight"_a, "bias"_a, "residual"_a,
         "layer_scale"_a, "row_scale"_a, "cache"_a);
+  m.def("linear_residual_bwd", &cpu::linear_residual_bwd, no_gil, "dout"_a, "x"_a, "weight"_a, "bias"_a,
+        "layer_scale"_a, "row_scale"_a, "mask"_a);
   m.def("layernorm_mlp_fwd", &cpu::layernorm_mlp_fwd, no_gil, "x"_a, "norm_weight"_a, "norm_bias"_a, "fc1_weight"_a,
         "fc1_bias"_a, "fc2_weight"_a, "fc2_bias"_a, "layer_scale"_a, "row_scale"_a, "act"_a, "eps"_a, "residual"_a,
         "save"_a, "cache"_a);
+  m.def("layernorm_mlp_bwd", &cpu::layernorm_mlp_bwd, no_gil, "dout"_a, "x"_a, "mean"_a, "rstd"_a, "h"_a,
+        "norm_weight"_a, "norm_bias"_a, "fc1_weight"_a, "fc2_weight"_a, "fc2_bias"_a, "layer_scale"_a, "row_scale"_a,
+        "act"_a, "residual"_a, "mask"_a);
   m.def("build_info", &build_info);
   m.def("cpu_capabilities", &cpu_capabilities);
   m.def("pack_cache_info", &pack_cache_info);

@@ -58,7 +58,7 @@ FASTVIT_INLINE void store_residual_as(const ResidualTile& args) {
 template <class S, Activation A>
 FASTVIT_INLINE void activation_backward_by(const ActivationGradTile& tile) {
   for (int64_t n = 0; n < 64; n += LANES) {
-    f32x16 sum{};
+    f64x16 sum{};
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t left = tile.columns - n, at = r * 64 + n;
       const S* h_row = static_cast<const S*>(tile.h) + r * tile.h_stride;
@@ -67,9 +67,9 @@ FASTVIT_INLINE void activation_backward_by(const ActivationGradTile& tile) {
       const f32x16 dh = load16(tile.da + at) * (g.value + h * g.slope);
       store16(tile.activated + at, h * g.value);
       store16(tile.dh + at, dh);
-      sum += dh;
+      sum += __builtin_convertvector(dh, f64x16);
     }
-    store16(tile.column_sum + n, load16(tile.column_sum + n) + sum);
+    for (int64_t i = 0; i < LANES; ++i) tile.column_sum[n + i] += sum[i];
   }
 }
 

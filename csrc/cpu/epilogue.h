@@ -48,7 +48,8 @@ struct ActivationGradTile {
   int64_t h_stride;
   at::ScalarType h_dtype;
   int64_t rows, columns;
-  float *activated, *dh, *column_sum;
+  float *activated, *dh;
+  double* column_sum;
 };
 void activation_backward(const ActivationGradTile& tile, Activation act);
 

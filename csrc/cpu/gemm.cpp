@@ -7,72 +7,71 @@
 namespace fastvit::cpu {
 namespace {
 
-// ROWS x (16 * VECTORS) of C stay in registers for the whole of k.
+// Products are summed over this many k in registers, then added to C: sums of sums round less than one long sum.
+constexpr int64_t K_STEP = 128;
+
+struct Fp32Tile {
+  const float* a;
+  int64_t lda;
+  const float* b;
+  float* c;
+  int64_t ldc, rows, k;
+  bool accumulate;
+};
+
+// ROWS x (16 * VECTORS) of C from row `r` and column `n` on.
 template <int ROWS, int VECTORS>
-FASTVIT_INLINE void micro_tile(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t k,
-                               bool accumulate) {
-  f32x16 acc[ROWS][VECTORS];
-  for (int r = 0; r < ROWS; ++r) {
-    for (int v = 0; v < VECTORS; ++v) acc[r][v] = accumulate ? load16(c + r * ldc + v * LANES) : f32x16{};
-  }
-  for (int64_t i = 0; i < k; ++i) {
-    f32x16 row[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) row[v] = load16(b + i * PANEL + v * LANES);
+FASTVIT_INLINE void micro_tile(const Fp32Tile& t, int64_t r, int64_t n) {
+  float* c = t.c + r * t.ldc + n;
+  for (int64_t k0 = 0; k0 < t.k; k0 += K_STEP) {
+    const int64_t count = std::min(K_STEP, t.k - k0);
+    const float* a = t.a + r * t.lda + k0;
+    const float* b = t.b + k0 * PANEL + n;
+    f32x16 acc[ROWS][VECTORS] = {};
+    for (int64_t k = 0; k < count; ++k) {
+      f32x16 row[VECTORS];
+      for (int v = 0; v < VECTORS; ++v) row[v] = load16(b + k * PANEL + v * LANES);
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      for (int v = 0; v < VECTORS; ++v) acc[r][v] += a[r * lda + i] * row[v];
+      for (int i = 0; i < ROWS; ++i) {
+        for (int v = 0; v < VECTORS; ++v) acc[i][v] += a[i * t.lda + k] * row[v];
+      }
+    }
+    const bool add = t.accumulate || k0 > 0;
+    for (int i = 0; i < ROWS; ++i) {
+      for (int v = 0; v < VECTORS; ++v) {
+        float* at = c + i * t.ldc + v * LANES;
+        store16(at, add ? load16(at) + acc[i][v] : acc[i][v]);
+      }
     }
   }
-  for (int r = 0; r < ROWS; ++r) {
-    for (int v = 0; v < VECTORS; ++v) store16(c + r * ldc + v * LANES, acc[r][v]);
-  }
 }
 
 template <int ROWS, int VECTORS>
-FASTVIT_INLINE void micro_rows(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t rows,
-                               int64_t k, bool accumulate) {
-  int64_t r = 0;
-  for (; r + ROWS <= rows; r += ROWS) micro_tile<ROWS, VECTORS>(a + r * lda, lda, b, c + r * ldc, ldc, k, accumulate);
-  for (; r + 2 <= rows; r += 2) micro_tile<2, VECTORS>(a + r * lda, lda, b, c + r * ldc, ldc, k, accumulate);
-  if (r < rows) micro_tile<1, VECTORS>(a + r * lda, lda, b, c + r * ldc, ldc, k, accumulate);
-}
-
-template <int ROWS, int VECTORS>
-FASTVIT_INLINE void micro_panel(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t rows,
-                                int64_t k, bool accumulate) {
+FASTVIT_INLINE void micro_gemm(const Fp32Tile& t) {
   for (int64_t n = 0; n < PANEL; n += VECTORS * LANES) {
-    micro_rows<ROWS, VECTORS>(a, lda, b + n, c + n, ldc, rows, k, accumulate);
+    int64_t r = 0;
+    for (; r + ROWS <= t.rows; r += ROWS) micro_tile<ROWS, VECTORS>(t, r, n);
+    for (; r + 2 <= t.rows; r += 2) micro_tile<2, VECTORS>(t, r, n);
+    if (r < t.rows) micro_tile<1, VECTORS>(t, r, n);
   }
 }
 
-using Fp32Gemm = void (*)(const float*, int64_t, const float*, float*, int64_t, int64_t, int64_t, bool);
+using Fp32Gemm = void (*)(const Fp32Tile&);
 
 // The register file decides the tile: 32 x 512 bits hold 6 x 64 floats, 16 x 256 bits 6 x 16, 16 x 128 bits 2 x 16.
 #if defined(__x86_64__) && defined(__linux__)
-__attribute__((target("arch=x86-64-v4"))) void gemm_avx512(const float* a, int64_t lda, const float* b, float* c,
-                                                           int64_t ldc, int64_t rows, int64_t k, bool accumulate) {
-  micro_panel<6, 4>(a, lda, b, c, ldc, rows, k, accumulate);
-}
-
-__attribute__((target("arch=x86-64-v3"))) void gemm_avx2(const float* a, int64_t lda, const float* b, float* c,
-                                                         int64_t ldc, int64_t rows, int64_t k, bool accumulate) {
-  micro_panel<6, 1>(a, lda, b, c, ldc, rows, k, accumulate);
-}
-
+__attribute__((target("arch=x86-64-v4"))) void gemm_avx512(const Fp32Tile& t) { micro_gemm<6, 4>(t); }
+__attribute__((target("arch=x86-64-v3"))) void gemm_avx2(const Fp32Tile& t) { micro_gemm<6, 1>(t); }
 bool has_avx512() { return __builtin_cpu_supports("x86-64-v4"); }
 bool has_avx2() { return __builtin_cpu_supports("x86-64-v3"); }
 #else
-constexpr auto gemm_avx512 = nullptr, gemm_avx2 = nullptr;
+constexpr Fp32Gemm gemm_avx512 = nullptr, gemm_avx2 = nullptr;
 bool has_avx512() { return false; }
 bool has_avx2() { return false; }
 #endif
+void gemm_baseline(const Fp32Tile& t) { micro_gemm<2, 1>(t); }
 
-void gemm_baseline(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t rows, int64_t k,
-                   bool accumulate) {
-  micro_panel<2, 1>(a, lda, b, c, ldc, rows, k, accumulate);
-}
-
-const Fp32Gemm fp32_gemm = has_avx512() ? Fp32Gemm(gemm_avx512) : has_avx2() ? Fp32Gemm(gemm_avx2) : gemm_baseline;
+const Fp32Gemm fp32_gemm = has_avx512() ? gemm_avx512 : has_avx2() ? gemm_avx2 : gemm_baseline;
 
 bool native_bf16() {
 #if defined(__x86_64__) && defined(__linux__)
@@ -147,12 +146,6 @@ PackedWeight pack_panels(const at::Tensor& source, int64_t n, int64_t k, const P
   return packed;
 }
 
-// The tensor in its compute dtype, with the last dimension contiguous.
-at::Tensor packable(const at::Tensor& weight) {
-  const at::Tensor converted = weight.to(compute_dtype(weight.scalar_type()));
-  return converted.stride(1) == 1 ? converted : converted.contiguous();
-}
-
 template <class T>
 PackedWeight pack_weight_as(const at::Tensor& weight) {
   const int64_t stride = weight.stride(0), k = weight.size(1);
@@ -162,10 +155,10 @@ PackedWeight pack_weight_as(const at::Tensor& weight) {
 }
 
 template <class T>
-PackedWeight pack_matrix_as(const at::Tensor& matrix) {
+PackedWeight pack_matrix_as(const at::Tensor& matrix, const float* scale) {
   const int64_t stride = matrix.stride(0), k = matrix.size(0);
   return pack_panels<T>(matrix, matrix.size(1), k, [&](const T* src, int64_t n0, int64_t n, T* dst) {
-    pack_panel(src + n0, stride, n, k, nullptr, dst);
+    pack_panel(src + n0, stride, n, k, scale, dst);
   });
 }
 
@@ -184,7 +177,7 @@ at::ScalarType compute_dtype(at::ScalarType dtype) {
 
 void gemm_tile(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t rows, int64_t k,
                bool accumulate) {
-  fp32_gemm(a, lda, b, c, ldc, rows, k, accumulate);
+  fp32_gemm({a, lda, b, c, ldc, rows, k, accumulate});
 }
 
 void gemm_tile(const c10::BFloat16* a, int64_t lda, const c10::BFloat16* b, float* c, int64_t ldc, int64_t rows,
@@ -226,14 +219,30 @@ void pack_panel(const c10::BFloat16* src, int64_t stride, int64_t n, int64_t k, 
   }
 }
 
+FASTVIT_CLONES void pack_pairs(const float* tile, int64_t k, c10::BFloat16* dst) {
+  for (int64_t i = 0; i < k; i += 2) {
+    for (int64_t col = 0; col < PANEL; col += LANES) {
+      const f32x16 low = load16(tile + i * PANEL + col);
+      const f32x16 high = i + 1 < k ? load16(tile + (i + 1) * PANEL + col) : f32x16{};
+      const u32x16 pair = bf16_bits(low) | bf16_bits(high) << 16;
+      __builtin_memcpy(dst + i * PANEL + 2 * col, &pair, sizeof(pair));
+    }
+  }
+}
+
+at::Tensor packable(const at::Tensor& weight, at::ScalarType dtype) {
+  const at::Tensor converted = weight.to(dtype);
+  return converted.stride(1) == 1 ? converted : converted.contiguous();
+}
+
 PackedWeight pack_weight(const at::Tensor& weight) {
-  const at::Tensor source = packable(weight);
+  const at::Tensor source = packable(weight, compute_dtype(weight.scalar_type()));
   return source.scalar_type() == at::kFloat ? pack_weight_as<float>(source) : pack_weight_as<c10::BFloat16>(source);
 }
 
-PackedWeight pack_matrix(const at::Tensor& matrix) {
-  const at::Tensor source = packable(matrix);
-  return source.scalar_type() == at::kFloat ? pack_matrix_as<float>(source) : pack_matrix_as<c10::BFloat16>(source);
+PackedWeight pack_matrix(const at::Tensor& matrix, at::ScalarType dtype, const float* scale) {
+  const at::Tensor source = packable(matrix, dtype);
+  return dtype == at::kFloat ? pack_matrix_as<float>(source, scale) : pack_matrix_as<c10::BFloat16>(source, scale);
 }
 
 }  // namespace fastvit::cpu

@@ -53,6 +53,9 @@ void pack_panel(const float* src, int64_t stride, int64_t n, int64_t k, const fl
 void pack_panel(const c10::BFloat16* src, int64_t stride, int64_t n, int64_t k, const float* scale,
                 c10::BFloat16* dst);
 
+// A (k, 64) float32 tile in bfloat16 pairs; an odd last row is paired with zeros.
+void pack_pairs(const float* tile, int64_t k, c10::BFloat16* dst);
+
 struct PackedWeight {
   int64_t n = 0, k = 0, panels = 0;
   at::Tensor data;
@@ -66,7 +69,9 @@ struct PackedWeight {
 
 // Pack an (N, K) weight for x W^T.
 PackedWeight pack_weight(const at::Tensor& weight);
-// Pack a (K, N) matrix for x W.
-PackedWeight pack_matrix(const at::Tensor& matrix);
+// Pack a (K, N) matrix for x (scale * W) in `dtype`; scale (K) or null.
+PackedWeight pack_matrix(const at::Tensor& matrix, at::ScalarType dtype, const float* scale = nullptr);
+// The tensor in `dtype` with the last dimension contiguous: what the panel packers read.
+at::Tensor packable(const at::Tensor& weight, at::ScalarType dtype);
 
 }  // namespace fastvit::cpu

@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_mlp_fwd(
                           row_factor,
                           activation,
                           residual};
-    with_compute_type(*args.fc1, [&]<class T>(T) { mlp_forward<T>(args); });
+    with_compute_type(args.fc1->data.scalar_type(), [&]<class T>(T) { mlp_forward<T>(args); });
   }
   return {out.view(x.sizes()), mean, rstd, save ? h : at::empty({0}, fc1_weight.options())};
 }

@@ -77,10 +77,10 @@ void run_linear(const Rows& x, const Norm& norm, const PackedWeight& weight, con
   });
 }
 
-// Call run(T{}) with the type the weight was packed in.
+// Call run(T{}) with the C++ type of a compute dtype.
 template <class Run>
-void with_compute_type(const PackedWeight& weight, const Run& run) {
-  if (weight.data.scalar_type() == at::kFloat) {
+void with_compute_type(at::ScalarType dtype, const Run& run) {
+  if (dtype == at::kFloat) {
     run(float{});
   } else {
     run(c10::BFloat16{});

@@ -1,3 +1,4 @@
+#include "grad.h"
 #include "linear.h"
 #include "op_checks.h"
 #include "ops.h"
@@ -25,7 +26,7 @@ Tensor linear_residual_fwd(const Tensor& x, const Tensor& weight, const Optional
     const RowScale row_factor(row_scale, rows.count);
     const auto packed = packed_weight(weight, cache);
     const Rows target = rows_of(out);
-    with_compute_type(*packed, [&]<class T>(T) {
+    with_compute_type(packed->data.scalar_type(), [&]<class T>(T) {
       run_linear<T>(rows, {}, *packed, [&](const float* products, Range block, int64_t p) {
         store_residual({{products, PANEL, block.size(), panel_columns(*packed, p), bias_data + p * PANEL},
                         scale + p * PANEL,
@@ -38,6 +39,60 @@ Tensor linear_residual_fwd(const Tensor& x, const Tensor& weight, const Optional
     });
   }
   return out.view(residual.sizes());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_residual_bwd(const Tensor& dout, const Tensor& x,
+                                                               const Tensor& weight, const OptionalTensor& bias,
+                                                               const OptionalTensor& layer_scale,
+                                                               const OptionalTensor& row_scale,
+                                                               std::array<bool, 4> mask) {
+  constexpr const char* op = "linear_residual";
+  const NoAutograd no_autograd;
+  const auto [want_x, want_weight, want_bias, want_scale] = mask;
+  check_input(op, "x", x);
+  check_weight(op, "weight", weight, x.size(-1), "like x");
+  const int64_t features = weight.size(0);
+  check_shape(op, "bias", bias, {features}, "like the rows of weight");
+  check_shape(op, "layer_scale", layer_scale, {features}, "like the rows of weight");
+  check_row_scale(op, x, row_scale);
+  check_shape(op, "dout", dout, with_last(x, features), "like the output");
+
+  if (flat_rows(x) == 0) {
+    return {zeros_if(want_x, x), zeros_if(want_weight, weight), zeros_if(want_bias, bias),
+            zeros_if(want_scale, layer_scale)};
+  }
+  const Rows rows = rows_of(x), grad = rows_of(dout);
+  const Tensor dx = empty_if(want_x, x.sizes(), x.options());
+  const Tensor dweight = empty_if(want_weight, weight.sizes(), weight.options());
+  const Tensor scale = padded_vector(layer_scale, features, 1), bias_values = padded_vector(bias, features, 0);
+  const RowScale row_factor(row_scale, rows.count);
+  const Tensor sums = want_bias || want_scale ? column_sums(grad, row_factor) : Tensor{};
+  const Tensor dscale = want_scale ? at::empty({features}, at::kFloat) : Tensor{};
+  const auto dtype = compute_dtype(weight.scalar_type());
+  with_compute_type(dtype, [&]<class T>(T) {
+    const GradRows<T> g = scaled_rows<T>(grad, row_factor);
+    if (want_x) {
+      const Tensor zeros = at::zeros({PANEL}, at::kFloat);
+      const Rows target = rows_of(dx);
+      const PackedWeight packed = pack_matrix(weight, dtype, scale.const_data_ptr<float>());
+      run_linear<T>(g.rows(features), {}, packed, [&](const float* products, Range block, int64_t p) {
+        store_biased({products, PANEL, block.size(), panel_columns(packed, p), zeros.const_data_ptr<float>()},
+                     target_at(target, block.begin, p));
+      });
+    }
+    if (want_weight || want_scale) {
+      const auto transposed = transpose_rows<T>(
+          rows.count, rows.width, [&](int64_t i, float* buffer) { return rows.as_float(i, buffer); });
+      linear_weight_grad(transposed, g, rows.count, features,
+                         {rows_if(want_weight, dweight), scale.const_data_ptr<float>(), rows_of(weight),
+                          bias_values.const_data_ptr<float>(), want_scale ? sums.const_data_ptr<float>() : nullptr,
+                          want_scale ? dscale.mutable_data_ptr<float>() : nullptr});
+    }
+  });
+  const auto bias_dtype = present(bias) ? bias->scalar_type() : weight.scalar_type();
+  return {dx, dweight,
+          want_bias ? (sums * scale).narrow(0, 0, features).to(bias_dtype) : at::empty({0}, weight.options()),
+          vector_grad(want_scale, dscale, layer_scale)};
 }
 
 }  // namespace fastvit::cpu

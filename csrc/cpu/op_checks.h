@@ -59,6 +59,15 @@ inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   return sizes;
 }
 
+inline Tensor empty_if(bool wanted, at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return wanted ? at::empty(sizes, options) : at::empty({0}, options);
+}
+
+// Gradients when there are no rows.
+inline Tensor zeros_if(bool wanted, const OptionalTensor& like) {
+  return wanted ? at::zeros_like(*like) : at::empty({0}, at::kFloat);
+}
+
 inline Activation parse_activation(const char* op, const std::string& act) {
   if (act == "gelu") return Activation::gelu;
   if (act == "gelu_tanh") return Activation::gelu_tanh;

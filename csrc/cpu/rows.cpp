@@ -33,7 +33,7 @@ FASTVIT_INLINE void norm_grad_dx(const NormGradRow& row, float mean_g, float mea
   for (int64_t i = 0; i < row.n; i += LANES) {
     const int64_t left = row.n - i;
     const f32x16 xhat = (load_part(row.x + i, left) - row.stats.mean) * row.stats.rstd;
-    f32x16 dx = (load_part(row.dy + i, left) * load16(row.weight + i) - mean_g - xhat * mean_gx) * row.stats.rstd;
+    f32x16 dx = (load_part(row.dy + i, left) - mean_g - xhat * mean_gx) * row.stats.rstd;
     if (row.residual_grad) dx += load_part(row.residual_grad + i, left);
     store_part(static_cast<D*>(row.dx) + i, dx, left);
   }
@@ -104,16 +104,15 @@ FASTVIT_CLONES void normalize_row_backward(const NormGradRow& row) {
     sum_gx += g * xhat;
     if (row.dweight) store16(row.dweight + i, load16(row.dweight + i) + dy * xhat);
     if (row.dbias) store16(row.dbias + i, load16(row.dbias + i) + dy);
+    store_part(row.dy + i, g, left);
   }
   if (!row.dx) return;
   const float mean_g = sum_lanes(sum_g) / row.n, mean_gx = sum_lanes(sum_gx) / row.n;
   FASTVIT_BY_DTYPE(row.dx_dtype, norm_grad_dx, row, mean_g, mean_gx);
 }
 
-FASTVIT_CLONES void add_to(float* total, const float* values, int64_t n) {
-  for (int64_t i = 0; i < n; i += LANES) {
-    store_part(total + i, load_part(total + i, n - i) + load_part(values + i, n - i), n - i);
-  }
+FASTVIT_CLONES void add_to(double* total, const float* values, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) total[i] += values[i];
 }
 
 }  // namespace fastvit::cpu

@@ -33,6 +33,9 @@ struct Rows {
 
 Rows rows_of(const at::Tensor& tensor);
 
+// The same rows when `wanted`, else none.
+inline Rows rows_if(bool wanted, const at::Tensor& tensor) { return wanted ? rows_of(tensor) : Rows{}; }
+
 // The vector in float32, padded to whole panels; `missing` everywhere when there is none.
 at::Tensor padded_vector(const std::optional<at::Tensor>& vector, int64_t size, float missing);
 
@@ -59,9 +62,11 @@ Statistics row_statistics(const float* x, int64_t n, float eps);
 void normalize_row(const float* x, int64_t n, Statistics stats, const float* weight, const float* bias, void* out,
                    at::ScalarType out_dtype);
 
-// One row of LayerNorm's backward. dy is the gradient of its output; adds to dweight and dbias when not null.
+// One row of LayerNorm's backward. dy is the gradient of its output, overwritten; adds to dweight and dbias when not null.
 struct NormGradRow {
-  const float *x, *dy, *weight, *residual_grad;  // residual_grad may be null
+  const float* x;
+  float* dy;
+  const float *weight, *residual_grad;  // residual_grad may be null
   Statistics stats;
   int64_t n;
   float *dweight, *dbias;
@@ -70,7 +75,7 @@ struct NormGradRow {
 };
 void normalize_row_backward(const NormGradRow& row);
 
-// total[i] += values[i]
-void add_to(float* total, const float* values, int64_t n);
+// total[i] += values[i]; in double, because sums over rows are long
+void add_to(double* total, const float* values, int64_t n);
 
 }  // namespace fastvit::cpu

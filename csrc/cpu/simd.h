@@ -25,6 +25,7 @@ namespace fastvit::cpu {
 constexpr int64_t LANES = 16;
 
 using f32x16 = float __attribute__((vector_size(64)));
+using f64x16 = double __attribute__((vector_size(128)));
 using u32x16 = uint32_t __attribute__((vector_size(64)));
 using i32x16 = int32_t __attribute__((vector_size(64)));
 using u16x16 = uint16_t __attribute__((vector_size(32)));
