@@ -198,7 +198,10 @@ def _reason(said: str) -> str:
     """The line of the client's output that says most."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith(("error", "npm error", "npm err!"))]
-    return (errors or lines or ["it said nothing"])[-1].rstrip(".")
+    codes = ("npm error code", "npm error errno", "npm error syscall")
+    telling = [line for line in errors if not line.startswith(codes)]
+    reason = (telling or errors or lines[-1:] or ["it said nothing"])[0].rstrip(".")
+    return f"no connection ({reason})" if "connection broken by" in said else reason
 
 
 def _size(folder: Path) -> int:

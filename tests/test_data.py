@@ -118,6 +118,19 @@ def test_the_clients_own_error_is_passed_on_with_the_way_to_retry(cache, client)
     assert files_under(cache) == []
 
 
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("npm error code E404\nnpm error 404 Not Found\nnpm error 404 at once", "npm error 404 Not Found"),
+        ("WARNING: Retrying after connection broken by 'X'\nERROR: No match", "no connection (ERROR: No match)"),
+        ("Killed", "Killed"),
+        ("", "it said nothing"),
+    ],
+)
+def test_the_telling_line_is_found(said, reason):
+    assert _fetch._reason(said) == reason
+
+
 def test_a_file_that_changed_in_the_cache_is_fetched_anew(cache, client):
     fetch(package())
     (cache / "one.bin").write_bytes(b"rot")
