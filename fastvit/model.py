@@ -32,6 +32,8 @@ from .pool import AttentionPoolLatent, AttentionPoolPrr
 from .resample import resample_pos_embed
 from .variants import find_variant
 
+torch.fx.wrap("resample_pos_embed")
+
 POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
 
 

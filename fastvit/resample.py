@@ -36,7 +36,9 @@ def resample_pos_embed(
         return pos_embed
     prefix, patches = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
     image = patches.float().unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2)
-    image = F.interpolate(image, size=list(new_grid), mode="bicubic", antialias=True)
+    # Counting makes the sides plain numbers under torch.compile, which cannot differentiate this resize with symbols.
+    sides = [len(range(side)) for side in new_grid]
+    image = F.interpolate(image, size=sides, mode="bicubic", antialias=True)
     patches = image.flatten(2).transpose(1, 2).to(pos_embed.dtype)
     return torch.cat([prefix, patches], dim=1)
 

@@ -407,10 +407,31 @@ def test_autocast_gives_timms_dtypes(timm):
         assert_as_accurate(value.bfloat16(), stock[key].bfloat16(), true[key], key, factor=3.0)
 
 
-def test_symbolic_trace_gives_the_same():
-    model, images = VisionTransformer(**SMALL).eval(), torch.randn(2, 3, 16, 16)
+@pytest.mark.parametrize("name", ["vit", "dynamic", "map"])
+def test_symbolic_trace_gives_the_same(name):
+    model = VisionTransformer(**{**SMALL, **CONFIGS[name]}).eval()
     traced = torch.fx.symbolic_trace(model, {"attn_mask": None, "is_causal": False})
-    assert torch.allclose(traced(images), model(images), atol=1e-6)
+    for size in ((16, 16), (20, 12))[: 2 if name == "dynamic" else 1]:
+        images = torch.randn(2, 3, *size)
+        assert torch.allclose(traced(images), model(images), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["hook", "fx"])
+def test_timm_extracts_attention_weights(timm, method):
+    ours, theirs = pair(timm, dtype=torch.float32)
+    for block in (*ours.blocks, *theirs.blocks):
+        block.attn.fused_attn = False
+    images = images_for(ours, dtype=torch.float32)
+    maps, expected = (timm.utils.AttentionExtract(model, method=method)(images) for model in (ours, theirs))
+    assert list(maps) == list(expected)
+    for name, weights in maps.items():
+        assert torch.allclose(weights, expected[name], atol=1e-6)
+
+
+def test_pixel_statistics_survive_the_meta_device():
+    with torch.device("meta"):
+        model = create_model("test_vit", depth=1)
+    assert model.to_empty(device="cpu").pixel_mean.tolist() == [0.5, 0.5, 0.5]
 
 
 def test_create_model():
