@@ -122,6 +122,7 @@ class VisionTransformer(IntermediateLayers):
         self.grad_checkpointing = False
         self.cls_only_last_block = cls_only_last_block
         self.pretrained_cfg: dict[str, Any] = {}
+        self.default_cfg: dict[str, Any] = {}
         self._set_pixel_statistics(pixel_mean, pixel_std, device)
 
         embed_args: dict[str, Any] = {"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}
