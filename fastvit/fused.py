@@ -60,13 +60,16 @@ def kind_of(module: nn.Module | None) -> str:
     return "Identity" if module is None else _kind_of_type(type(module))
 
 
-@torch.compiler.assume_constant_result
 def _kind_of_type(module_type: type) -> str:
     kind = _KIND_OF_TYPE.get(module_type)
     if kind is None:
         forward = module_type.forward  # type: ignore[attr-defined]
         kind = _KIND_OF_TYPE[module_type] = _KINDS.get((forward.__module__, forward.__qualname__), "")
     return kind
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the whole compiler along with fastvit.
+_kind_of_type._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_watched(module: nn.Module) -> bool:
