@@ -292,8 +292,11 @@ def test_not_a_model(function):
 
 def test_stock_refuses_as_before():
     model = accelerate(build())
+    pixels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     with pytest.raises(RuntimeError):
-        model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+        model(pixels)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+        model(pixels)
     with pytest.raises(RuntimeError):
         model(images().double())
 

@@ -110,6 +110,9 @@ CHANGES = {
     "patched forward": lambda m: setattr(m.blocks[1], "forward", lambda x: 2 * x),
     "patched norm": lambda m: setattr(m.blocks[1].norm2, "forward", lambda x: 2 * x),
     "patched head": lambda m: setattr(m, "pool", lambda x, pool_type=None: x.mean(1)),
+    "patched positions": lambda m: setattr(
+        m, "_pos_embed", lambda x: torch.cat([m.cls_token.expand(x.shape[0], -1, -1), 2 * x], 1)
+    ),
     "patched features": lambda m: setattr(m, "forward_features", lambda x, **kwargs: m._pos_embed(m.patch_embed(x))),
     "token mixing mlp": lambda m: setattr(m.blocks[1], "mlp", Mix()),
     "new head": lambda m: m.reset_classifier(7, "avg"),
