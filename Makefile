@@ -3,7 +3,7 @@
 #   MAX_JOBS=n  compiler processes      ARGS=...  passed on by demo, bench, aot and gpu
 #   STAGES=...  a part of `make gpu`: build,test,calibrate,bench
 VENV ?= .venv
-PYTHON := $(shell .ci/python $(VENV))
+PYTHON := $(shell OFFLINE=$(OFFLINE) .ci/python $(VENV))
 IN_VENV := $(filter $(VENV)/%,$(PYTHON))
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 MAX_JOBS ?= $(shell nproc)
@@ -14,12 +14,13 @@ endif
 export PATH := $(if $(IN_VENV),$(abspath $(VENV))/bin:)$(PATH)
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SYSTEM := $(if $(IN_VENV),,system)
 READY := $(if $(IN_VENV),$(VENV)/.ready)
 BUILT := build/.built-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)' 2>/dev/null || echo none)
 SANITIZED := build/sanitize
 CHECKS := setup lint types unit interpreter sanitize aot wheel-test results-check
 
-.PHONY: help setup demo test lint types unit interpreter sanitize aot wheel wheel-test bench gpu results \
+.PHONY: help setup system demo test lint types unit interpreter sanitize aot wheel wheel-test bench gpu results \
 	results-check format clean
 .DELETE_ON_ERROR:
 
@@ -27,17 +28,17 @@ help:
 	@echo "setup demo test lint types unit interpreter sanitize aot wheel wheel-test bench gpu results results-check format clean"
 	@sed -n '1,/^[A-Z]* ?=/{s/^# //p}' Makefile
 
-setup: $(READY) $(BUILT)
-ifeq ($(IN_VENV),)
+setup: $(SYSTEM) $(READY) $(BUILT)
+
+system:
 	@.ci/missing $(PYTHON)
-endif
 
 $(VENV)/.ready: requirements-dev.txt pyproject.toml .ci/setup
 	@.ci/setup $(VENV)
 	@touch $@
 
 # In place: an editable install finds it, and so does a plain checkout. Unchanged objects in build/ are kept.
-$(BUILT): setup.py $(SOURCES) | $(READY)
+$(BUILT): setup.py $(SOURCES) | $(SYSTEM) $(READY)
 	@mkdir -p build
 	@$(PYTHON) setup.py -q build_ext --inplace
 	@touch build/.built-$$($(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
