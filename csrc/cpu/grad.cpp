@@ -21,7 +21,7 @@ FASTVIT_INLINE void store_transposed_as(const TransposedTile& tile) {
     for (int64_t n = 0; n < tile.columns; ++n) {
       f32x16 row{};
       for (int64_t i = 0; i < count; ++i) row[i] = tile.sums[(e + i) * PANEL + n];
-      store_part(static_cast<D*>(tile.out) + n * tile.stride + e, row * tile.scale[n], count);
+      store_part(static_cast<D*>(tile.out) + n * tile.stride + e, row * (tile.scale ? tile.scale[n] : 1.0f), count);
     }
   }
 }
@@ -111,16 +111,15 @@ void linear_weight_grad(const TransposedRows<T>& x, const GradRows<T>& g, int64_
     }
     gemm_release<T>();
     if (out.dlayer_scale) {
-      static const auto ones = at::ones({PANEL}, at::kFloat);
       float* unscaled = scratch.take<float>(PANEL * x.width);
-      store_transposed({sums, x.width, columns, ones.const_data_ptr<float>(), unscaled, x.width, at::kFloat});
+      store_transposed({sums, x.width, columns, nullptr, unscaled, x.width, at::kFloat});
       for (int64_t n = 0; n < columns; ++n) {
         out.dlayer_scale[n0 + n] = dot_row(out.weight.row(n0 + n), out.weight.dtype(), unscaled + n * x.width, x.width) +
                                    out.bias[n0 + n] * out.column_sums[n0 + n];
       }
     }
     if (out.dweight.count > 0) {
-      store_transposed({sums, x.width, columns, out.layer_scale + n0, out.dweight.mutable_row(n0), out.dweight.stride(),
+      store_transposed({sums, x.width, columns, out.layer_scale ? out.layer_scale + n0 : nullptr, out.dweight.mutable_row(n0), out.dweight.stride(),
                         out.dweight.dtype()});
     }
   });

@@ -9,7 +9,7 @@
 
 namespace fastvit::cpu {
 
-constexpr int64_t ROW_CHUNK = 384;  // rows a weight-gradient GEMM call sums over
+constexpr int64_t ROW_CHUNK = 768;  // rows a weight-gradient GEMM call sums over
 constexpr int64_t ROW_GROUP = 64;   // rows a partial sum covers; divides ROW_CHUNK
 
 inline int64_t row_chunks(int64_t rows) { return ceil_div(rows, ROW_CHUNK); }
@@ -90,7 +90,7 @@ at::Tensor column_sums(const Rows& dout, const RowScale& row_scale);
 struct TransposedTile {
   const float* sums;
   int64_t width, columns;
-  const float* scale;  // (64)
+  const float* scale;  // (64), null for none
   void* out;
   int64_t stride;
   at::ScalarType dtype;
@@ -103,11 +103,14 @@ float dot_row(const void* a, at::ScalarType dtype, const float* b, int64_t n);
 // The gradient of a linear's weight W (O, E) and what hangs on it, from dY = layer_scale * G, G = row_scale * dout.
 struct LinearWeightGrad {
   Rows dweight;                      // (O, E) = layer_scale * G^T X; no rows when not wanted
-  const float* layer_scale;          // (O, padded)
+  const float* layer_scale;          // (O, padded), null for none
   Rows weight = {};                  // (O, E), for dlayer_scale
   const float *bias = nullptr, *column_sums = nullptr;  // (O, padded)
   float* dlayer_scale = nullptr;     // (O) = <W, G^T X> + bias * column_sums; null when not wanted
 };
+
+// One zero bias a column of a panel.
+alignas(CACHE_LINE) inline constexpr float ZEROS[PANEL] = {};
 
 template <class T>
 void linear_weight_grad(const TransposedRows<T>& x, const GradRows<T>& g, int64_t rows, int64_t features,
@@ -117,9 +120,9 @@ void linear_weight_grad(const TransposedRows<T>& x, const GradRows<T>& g, int64_
 struct NormInputGrad {
   Rows x;
   const float *norm_weight, *mean, *rstd;
-  Rows residual_grad = {};  // no rows for none
-  Rows dx = {};             // no rows when not wanted
-  bool want_norm = false;
+  Rows residual_grad;  // no rows for none
+  Rows dx;             // no rows when not wanted
+  bool want_norm;
   at::Tensor dnorm_weight = {}, dnorm_bias = {};  // (E, padded) float32 results
 };
 

@@ -58,17 +58,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layernorm_linear_bwd(
   const Tensor dx = empty_if(want_x, x.sizes(), x.options());
   const Tensor dweight = empty_if(want_weight, weight.sizes(), weight.options());
   const Tensor gamma = padded_vector(norm_weight, width, 1), beta = padded_vector(norm_bias, width, 0);
-  const Tensor ones = padded_vector({}, features, 1);
   const RowScale no_scale({}, rows.count);
   const auto dtype = compute_dtype(weight.scalar_type());
   NormInputGrad norm_grad{rows, gamma.const_data_ptr<float>(), mean.const_data_ptr<float>(), rstd.const_data_ptr<float>(),
-                          {}, rows_if(want_x, dx), want_norm_weight || want_norm_bias};
+                          Rows{}, rows_if(want_x, dx), want_norm_weight || want_norm_bias};
   with_compute_type(dtype, [&]<class T>(T) {
     const GradRows<T> g = scaled_rows<T>(grad, no_scale);
     if (want_x || norm_grad.want_norm) norm_input_grad(g, pack_matrix(weight, dtype), norm_grad);
     if (want_weight) {
       const auto transposed = transposed_norm<T>(rows, mean, rstd, gamma, beta);
-      linear_weight_grad(transposed, g, rows.count, features, {rows_of(dweight), ones.const_data_ptr<float>()});
+      linear_weight_grad(transposed, g, rows.count, features, {rows_of(dweight), nullptr});
     }
   });
   return {dx,

@@ -9,7 +9,7 @@
 namespace fastvit::cpu {
 namespace {
 
-constexpr int64_t TILE_ROWS = 128;
+constexpr int64_t TILE_ROWS = 128;  // even, and divides ROW_CHUNK
 
 template <class T>
 struct MlpBackward {
@@ -32,43 +32,46 @@ struct MlpBackward {
   bool want_fc2() const { return dfc2_weight.count > 0 || dlayer_scale; }
 };
 
-// A (rows, 64) float32 tile as a GEMM's right operand: as it is, or in pairs of rows.
-float* as_panel(float* tile, int64_t, float*) { return tile; }
-c10::BFloat16* as_panel(float* tile, int64_t rows, c10::BFloat16* panel) {
-  pack_pairs(tile, rows, panel);
-  return panel;
-}
-
+// a and dH of 64 columns for a chunk of rows as the GEMM's right operands. In bfloat16 they are made from one float32
+// tile at a time.
 template <class T>
-struct ChunkTiles {
-  float *da, *activated, *dh;
-  T *activated_panel, *dh_panel;
-  explicit ChunkTiles(Scratch& scratch)
+struct ChunkPanels {
+  float *da, *activated_tile, *dh_tile;
+  T *activated, *dh;
+  explicit ChunkPanels(Scratch& scratch)
       : da(scratch.take<float>(TILE_ROWS * PANEL)),
-        activated(scratch.take<float>(ROW_CHUNK * PANEL)),
-        dh(scratch.take<float>(ROW_CHUNK * PANEL)),
-        activated_panel(scratch.take<T>(ROW_CHUNK * PANEL)),
-        dh_panel(scratch.take<T>(ROW_CHUNK * PANEL)) {}
+        activated_tile(scratch.take<float>(TILE_ROWS * PANEL)),
+        dh_tile(scratch.take<float>(TILE_ROWS * PANEL)),
+        activated(scratch.take<T>(ROW_CHUNK * PANEL)),
+        dh(scratch.take<T>(ROW_CHUNK * PANEL)) {}
 };
+
+float* tile_for(float*, float* panel) { return panel; }
+float* tile_for(float* tile, c10::BFloat16*) { return tile; }
+void finish_panel(const float*, int64_t, float*) {}
+void finish_panel(const float* tile, int64_t rows, c10::BFloat16* panel) { pack_pairs(tile, rows, panel); }
 
 // a and dH of panel `p` for a chunk of rows.
 template <class T>
 void hidden_chunk(const MlpBackward<T>& args, Range chunk, int64_t p, const T* fc2_panel, double* dh_sum,
-                  const ChunkTiles<T>& tiles) {
+                  const ChunkPanels<T>& panels) {
   const int64_t columns = std::min(PANEL, args.h.width - p * PANEL);
-  static const at::Tensor zeros = at::zeros({PANEL}, at::kFloat);
   for (int64_t r0 = chunk.begin; r0 < chunk.end; r0 += TILE_ROWS) {
     const int64_t count = std::min(TILE_ROWS, chunk.end - r0), at = (r0 - chunk.begin) * PANEL;
     if (args.want_dh()) {
-      gemm_panel(args.g.data + r0 * args.g.ld, args.g.ld, fc2_panel, tiles.da, PANEL, count, padded_k<T>(args.width));
+      gemm_panel(args.g.data + r0 * args.g.ld, args.g.ld, fc2_panel, panels.da, PANEL, count, padded_k<T>(args.width));
     } else {
-      std::fill_n(tiles.da, count * PANEL, 0.0f);
+      std::fill_n(panels.da, count * PANEL, 0.0f);
     }
-    activation_backward({tiles.da, tile_at(args.h, r0, p), args.h.stride(), args.h.dtype(), count, columns,
-                         tiles.activated + at, tiles.dh + at, dh_sum},
+    float* activated = tile_for(panels.activated_tile, panels.activated + at);
+    float* dh = tile_for(panels.dh_tile, panels.dh + at);
+    activation_backward({panels.da, tile_at(args.h, r0, p), args.h.stride(), args.h.dtype(), count, columns, activated,
+                         dh, dh_sum},
                         args.act);
+    finish_panel(activated, count, panels.activated + at);
+    finish_panel(dh, count, panels.dh + at);
     if (args.dh_data) {
-      store_biased({tiles.dh + at, PANEL, count, PANEL, zeros.const_data_ptr<float>()},
+      store_biased({dh, PANEL, count, PANEL, ZEROS},
                    {args.dh_data + r0 * args.dh.ld + p * PANEL, args.dh.ld, c10::CppTypeToScalarType<T>::value});
     }
   }
@@ -93,7 +96,7 @@ template <class T>
 void hidden_panel(const MlpBackward<T>& args, int64_t p) {
   const int64_t n0 = p * PANEL, columns = std::min(PANEL, args.h.width - n0), rows = args.h.count, width = args.width;
   Scratch scratch;
-  const ChunkTiles<T> tiles(scratch);
+  const ChunkPanels<T> chunk_panels(scratch);
   T* fc2_panel = scratch.take<T>(padded_k<T>(width) * PANEL);
   float* fc1_sums = scratch.take<float>(width * PANEL);  // (E, 64) of dW1^T
   float* fc2_sums = scratch.take<float>(width * PANEL);  // (E, 64) of G^T a
@@ -106,23 +109,22 @@ void hidden_panel(const MlpBackward<T>& args, int64_t p) {
   for (int64_t c = 0; c < row_chunks(rows); ++c) {
     const Range chunk = row_chunk(rows, c);
     const int64_t k = padded_k<T>(chunk.size());
-    hidden_chunk(args, chunk, p, fc2_panel, dh_sum, tiles);
+    hidden_chunk(args, chunk, p, fc2_panel, dh_sum, chunk_panels);
     if (args.want_fc2()) {
-      gemm_tile(args.g_transposed.chunk(c), args.g_transposed.ld,
-                as_panel(tiles.activated, chunk.size(), tiles.activated_panel), fc2_sums, PANEL, width, k, c > 0);
+      gemm_tile(args.g_transposed.chunk(c), args.g_transposed.ld, chunk_panels.activated, fc2_sums, PANEL, width, k,
+                c > 0);
     }
     if (args.dfc1_weight.count > 0) {
-      gemm_tile(args.norm_transposed.chunk(c), args.norm_transposed.ld,
-                as_panel(tiles.dh, chunk.size(), tiles.dh_panel), fc1_sums, PANEL, width, k, c > 0);
+      gemm_tile(args.norm_transposed.chunk(c), args.norm_transposed.ld, chunk_panels.dh, fc1_sums, PANEL, width, k,
+                c > 0);
     }
   }
   gemm_release<T>();
   if (args.want_fc2()) store_fc2_grads(args, p, fc2_sums);
   if (args.dfc1_bias) std::copy_n(dh_sum, PANEL, args.dfc1_bias + n0);
   if (args.dfc1_weight.count > 0) {
-    static const at::Tensor ones = at::ones({PANEL}, at::kFloat);
-    store_transposed({fc1_sums, width, columns, ones.const_data_ptr<float>(), args.dfc1_weight.mutable_row(n0),
-                      args.dfc1_weight.stride(), args.dfc1_weight.dtype()});
+    store_transposed({fc1_sums, width, columns, nullptr, args.dfc1_weight.mutable_row(n0), args.dfc1_weight.stride(),
+                      args.dfc1_weight.dtype()});
   }
 }
 

@@ -72,11 +72,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_residual_bwd(const Tensor& dou
   with_compute_type(dtype, [&]<class T>(T) {
     const GradRows<T> g = scaled_rows<T>(grad, row_factor);
     if (want_x) {
-      const Tensor zeros = at::zeros({PANEL}, at::kFloat);
       const Rows target = rows_of(dx);
       const PackedWeight packed = pack_matrix(weight, dtype, scale.const_data_ptr<float>());
       run_linear<T>(g.rows(features), {}, packed, [&](const float* products, Range block, int64_t p) {
-        store_biased({products, PANEL, block.size(), panel_columns(packed, p), zeros.const_data_ptr<float>()},
+        store_biased({products, PANEL, block.size(), panel_columns(packed, p), ZEROS},
                      target_at(target, block.begin, p));
       });
     }
