@@ -17,7 +17,7 @@ class AotCase:
     num_warps: int
     num_stages: int
     divisible: tuple[str, ...] = ()  # arguments (pointers, strides) that are multiples of 16
-    archs: tuple[int, ...] = (80, 90, 100)  # where this setting is used
+    max_registers: int | None = None
 
     def compile(self, arch: int) -> Any:
         """Compile for sm_<arch> (80, 90, 100); needs no GPU. The result holds ``asm`` and ``metadata``."""
@@ -28,7 +28,7 @@ class AotCase:
         position = {name: index for index, name in enumerate(self.signature)}
         hints = {(position[name],): [["tt.divisibility", 16]] for name in self.divisible}
         source = ASTSource(self.fn, self.signature, {(position[k],): v for k, v in self.constexprs.items()}, hints)
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -42,6 +42,7 @@ class AttentionSettings:
     keys: tuple[int, ...] = ()
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None  # said, it keeps ptxas from spilling for the sake of occupancy
 
     @property
     def short(self) -> bool:
@@ -61,13 +62,15 @@ def attention_settings(kernel: str, dtype: Any, dim: int, keys: int, hopper: boo
     if dtype.itemsize == 4:  # IEEE products run on the plain FMA units, whose operands pass through registers
         cols = tuple(32 if dim - start > 16 else 16 for start in range(0, dim, 32))
         if kernel == "fwd":
-            return AttentionSettings(cols, 64, 32, num_warps=8)
-        return AttentionSettings(cols, 32, 32) if kernel == "bwd_dq" else AttentionSettings(cols, 16, 32)
+            return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168)
+        if kernel == "bwd_dq":
+            return AttentionSettings(cols, 32, 32, max_registers=168)
+        return AttentionSettings(cols, 16, 32, num_warps=8, max_registers=168)
     wide = dim > 64
     cols = power_of_two_parts(dim, 16, 2) if wide else power_of_two_parts(dim, 32, 1)
     if kernel == "fwd":
         tiles = power_of_two_parts(keys, 16, 3)
-        if sum(tiles) <= 256 and not (wide and not hopper):
+        if sum(tiles) <= 256 and not wide:
             return AttentionSettings(cols, 64, keys=tiles)
         return AttentionSettings(cols, 128, 64, num_warps=8, num_stages=2 if wide else 3)
     if kernel == "bwd_dq":

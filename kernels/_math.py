@@ -12,7 +12,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 @triton.jit
 def dot(a, b, acc=None):
-    """a @ b (+ acc), IEEE products summed in float32. The interpreter's bfloat16 dot is wrong: it gets float32 copies."""
+    """a @ b (+ acc), IEEE products summed in float32. The interpreter's bfloat16 dot is wrong: it gets float32."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

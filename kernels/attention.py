@@ -10,8 +10,7 @@ Meaning: fastvit.reference.attention. Source of the ideas: "FlashAttention-2" (D
 # ruff: noqa: RUF005 - Triton knows no (*parts, part)
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -20,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._configs import AotCase, AttentionSettings, attention_settings
+from ._configs import AotCase, AttentionSettings, Limits, attention_settings
+from ._launch import limits
 from ._math import cast
 from ._tiles import before, inner, load, load_tiles, outer, outer_t, row_sum, scaled, store, zeros, zeros_t
 
@@ -47,7 +47,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     out = q.new_empty(batch, nq, heads, dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, nq, dtype=torch.float32)
     if q.numel():
-        _fwd_launch(q, k, v, out, lse, scale, *_device(q.device)).run()
+        _fwd_launch(q, k, v, out, lse, scale, limits(q.device)).run()
     return out, lse
 
 
@@ -73,29 +73,26 @@ def attention_bwd(
             raise ValueError(f"attention: {name} has stride {grad.stride(-1)} in its last dimension, expected 1")
     dout, q, k, v, out = (_rows(t) for t in (dout, q, k, v, out))
     if q.numel():
-        _, hopper = _device(q.device)
-        for launch in _bwd_launches(dout, q, k, v, out, lse, scale, dq, dk, dv, hopper):
+        for launch in _bwd_launches(dout, q, k, v, out, lse, scale, dq, dk, dv, limits(q.device)):
             launch.run()
 
 
-def aot_cases() -> list[AotCase]:
-    """Every shipped setting on packed inputs, ViT-B/16 at 224 pixels (D = 64, N = 197) first."""
+def aot_cases(arch: int = 90) -> list[AotCase]:
+    """What a device of this architecture compiles for packed inputs, ViT-B/16 at 224 pixels (D = 64, N = 197) first."""
     cases: dict[Any, AotCase] = {}
-    sizes = [(64, 197), (64, 50), (64, 65), (64, 150), (64, 577), (32, 197), (40, 197), (72, 729), (80, 257), (88, 197)]
-    sizes += [(96, 197), (96, 577), (104, 257), (128, 197), (128, 1025)]
-    for (dim, length), dtype, hopper in product(sizes, (torch.bfloat16, torch.float16, torch.float32), (True, False)):
+    sizes = [(64, 197), (64, 50), (64, 65), (64, 150), (64, 577), (72, 729), (80, 257), (88, 257), (128, 1025)]
+    sizes += [(dim, 197) for dim in (32, 40, 48, 56, 96, 104, 112, 120)]
+    device = Limits.of_arch(arch)
+    for (dim, length), dtype in product(sizes, (torch.bfloat16, torch.float16, torch.float32)):
         qkv = torch.empty(2, length, 3, 12, dim, dtype=dtype, device="meta")
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = torch.empty(2, length, 12, dim, dtype=dtype, device="meta").transpose(1, 2)
         lse = torch.empty(2, 12, length, device="meta")
-        launches = [_fwd_launch(q, k, v, out, lse, 0.125, 132, hopper)]
-        launches += _bwd_launches(out, q, k, v, out, lse, 0.125, q, k, v, hopper)
-        tag = f"{str(dtype).removeprefix('torch.')}_d{dim}_n{length}"
+        launches = [_fwd_launch(q, k, v, out, lse, 0.125, device)]
+        launches += _bwd_launches(out, q, k, v, out, lse, 0.125, q, k, v, device)
         for launch in launches:
-            archs: tuple[int, ...] = (90, 100) if hopper else (80,)
-            key = (launch.kernel.fn.__name__, launch.settings, dtype, dim, launch.constexprs["UNIT"])
-            case = cases.get(key) or launch.aot_case(f"{launch.kernel.fn.__name__.strip('_')}_{tag}")
-            cases[key] = replace(case, archs=tuple(sorted({*case.archs, *archs})))
+            name = f"{launch.kernel.fn.__name__.strip('_')}_{str(dtype).removeprefix('torch.')}_d{dim}_n{length}"
+            cases.setdefault((launch.kernel.fn.__name__, launch.settings, dtype, dim), launch.aot_case(name))
     return list(cases.values())
 
 
@@ -127,6 +124,7 @@ class _Launch:
             self.kernel[(self.programs,)](
                 *self.tensors, *self.scalars, **self.constexprs,
                 num_warps=self.settings.num_warps, num_stages=self.settings.num_stages,
+                maxnreg=self.settings.max_registers,
             )  # fmt: skip
 
     def aot_case(self, name: str) -> AotCase:
@@ -136,9 +134,9 @@ class _Launch:
         types += ["constexpr"] * len(self.constexprs)
         names = self.kernel.arg_names
         signature = dict(zip(names, types, strict=True))
-        warps, stages = self.settings.num_warps, self.settings.num_stages
         pointers = tuple(names[: len(self.tensors)])
-        return AotCase(name, self.kernel, signature, self.constexprs, warps, stages, pointers, archs=())
+        options = (self.settings.num_warps, self.settings.num_stages, pointers, self.settings.max_registers)
+        return AotCase(name, self.kernel, signature, self.constexprs, *options)
 
 
 def _launch(
@@ -157,37 +155,27 @@ def _launch(
     return _Launch(kernel, programs, rows + statistics, (*strides, *scalars), constexprs, settings)
 
 
-@cache
-def _device(device: torch.device) -> tuple[int, bool]:
-    """Number of multiprocessors, and whether they are Hopper's or later; for the interpreter, 1 of the latest."""
-    if device.type != "cuda":
-        return 1, True
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major >= 9
-
-
-def _fwd_launch(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, processors: int, hopper: bool
-) -> _Launch:
+def _fwd_launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, device: Limits) -> _Launch:
     batch, heads, nq, dim = q.shape
-    settings = attention_settings("fwd", q.dtype, dim, k.shape[2], hopper)
+    settings = attention_settings("fwd", q.dtype, dim, k.shape[2], device.arch >= 90)
     tiles = triton.cdiv(nq, settings.block_m)
     scalars: tuple[float, ...] = (scale, heads, nq, k.shape[2])
     if not settings.short:
         return _launch(_attention_fwd_kernel, settings, tiles * batch * heads, (q, k, v, out), (lse,), scalars)
     # one program takes several query blocks of its head, as many as leave the device full
-    blocks = max(1, min(tiles, tiles * batch * heads // (4 * processors)))
+    blocks = max(1, min(tiles, tiles * batch * heads // (4 * device.processors)))
     programs = triton.cdiv(tiles, blocks) * batch * heads
     return _launch(_attention_short_fwd_kernel, settings, programs, (q, k, v, out), (lse,), (*scalars, blocks))
 
 
 def _bwd_launches(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, dq: Tensor, dk: Tensor,
-    dv: Tensor, hopper: bool,
+    dv: Tensor, device: Limits,
 ) -> list[_Launch]:  # fmt: skip
     batch, heads, nq, dim = q.shape
     nk = k.shape[2]
     scalars = (scale, heads, nq, nk)
+    hopper = device.arch >= 90
     settings = attention_settings("bwd", q.dtype, dim, nk, hopper)
     if settings.short:
         rows = (q, k, v, out, dout, dq, dk, dv)

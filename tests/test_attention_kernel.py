@@ -6,6 +6,7 @@ appears, each pair of them does not. One or two heads are enough, as programs ne
 
 import math
 import os
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -16,7 +17,7 @@ from fastvit import reference
 from fastvit.testing import assert_as_accurate, sliced
 
 pytest.importorskip("triton", reason="triton is not installed")
-from fastvit.kernels._configs import attention_settings, power_of_two_parts
+from fastvit.kernels._configs import Limits, attention_settings, power_of_two_parts
 
 from fastvit.kernels import attention as kernels
 
@@ -120,7 +121,7 @@ def test_wide_heads_over_several_key_blocks():
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_before_hopper(monkeypatch, dtype):
-    monkeypatch.setattr(kernels, "_device", lambda device: (1, False))
+    monkeypatch.setattr(kernels, "limits", lambda device: Limits.of_arch(80))
     assert_parity(*packed(1, 70, 1, 64, dtype))
     assert_parity(*packed(1, 70, 1, 96, dtype))
 
@@ -129,7 +130,7 @@ def test_blocks_of_queries_do_not_depend_on_the_number_of_programs(monkeypatch):
     q, k, v = packed(1, 197, 2, 64, BF16)
     outs = []
     for processors in (1, 2, 1000):
-        monkeypatch.setattr(kernels, "_device", lambda device, n=processors: (n, True))
+        monkeypatch.setattr(kernels, "limits", lambda device, n=processors: replace(Limits.of_arch(90), processors=n))
         outs.append(kernels.attention_fwd(q, k, v, 0.125))
     for out, lse in outs[1:]:
         assert torch.equal(out, outs[0][0])
