@@ -9,8 +9,25 @@
 
 from . import ops, reference
 from .accelerate import accelerate, explain, restore
+from .checkpoints import load_checkpoint, save_checkpoint
 from .dispatch import Unsupported, use_backend
+from .model import VisionTransformer, create_model
+from .parity import parity_report
 
 __version__ = "0.1.0"
 
-__all__ = ["Unsupported", "__version__", "accelerate", "explain", "ops", "reference", "restore", "use_backend"]
+__all__ = [
+    "Unsupported",
+    "VisionTransformer",
+    "__version__",
+    "accelerate",
+    "create_model",
+    "explain",
+    "load_checkpoint",
+    "ops",
+    "parity_report",
+    "reference",
+    "restore",
+    "save_checkpoint",
+    "use_backend",
+]

@@ -31,7 +31,7 @@ def _load_cuda() -> tuple[bool, list[str]]:
     try:
         torch.ops.load_library(str(libraries[0]))
     except OSError as error:
-        return False, [f"the CUDA library does not load: {error}"]
+        return False, [f"the CUDA library does not load: {error.__cause__ or error}"]
     return True, []
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .foreign import CheckpointError, read_npz, read_onnx_encoder, some_of
@@ -57,10 +55,19 @@ def read_state_dict(path: StrPath) -> dict[str, Tensor]:
     return _without_wrappers(state)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _safetensors() -> Any:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        import safetensors.torch
+    except ImportError as error:
+        raise CheckpointError("safetensors is not installed, and checkpoints are read and written with it") from error
+    return safetensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    library = _safetensors()
+    try:
+        return library.torch.load_file(path)
+    except (library.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: is no readable safetensors file, or it is truncated ({error})") from error
 
 
@@ -198,7 +205,7 @@ def save_checkpoint(model: nn.Module | dict[str, Tensor], path: StrPath) -> None
     if Path(path).suffix.lower() in (".pth", ".pt", ".bin"):
         _write_whole(path, lambda part: torch.save(state, part))
     else:
-        _write_whole(path, lambda part: save_file(state, part, metadata={"format": "pt"}))
+        _write_whole(path, lambda part: _safetensors().torch.save_file(state, part, metadata={"format": "pt"}))
 
 
 def _write_whole(path: StrPath, write: Callable[[str], None]) -> None:
@@ -235,5 +242,5 @@ def convert_onnx(path: StrPath, out: StrPath, model: str = "vit_small_patch14_di
     with torch.device("meta"):
         wanted = create_model(model, num_classes=0).state_dict()
     check_fit(state, wanted, str(path), strict=True)
-    _write_whole(out, lambda part: save_file(state, part, metadata={"format": "pt"}))
+    _write_whole(out, lambda part: _safetensors().torch.save_file(state, part, metadata={"format": "pt"}))
     return state

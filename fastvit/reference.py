@@ -70,11 +70,11 @@ def patch_embed(
 
 def assemble_tokens(patches: Tensor, pos_embed: Tensor | None, prefix: Tensor | None) -> Tensor:
     """Prepend the prefix tokens to (B, L, E) patches and add the position table, to the patches or to all."""
-    pos_on_patches = pos_embed is not None and pos_embed.shape[0] == patches.shape[1]
-    tokens = patches + pos_embed if pos_on_patches else patches
+    if pos_embed is not None and pos_embed.shape[0] == patches.shape[1]:
+        patches, pos_embed = patches + pos_embed, None
     if prefix is not None:
-        tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-    return tokens if pos_embed is None or pos_on_patches else tokens + pos_embed
+        patches = torch.cat([prefix.expand(patches.shape[0], -1, -1), patches], dim=1)
+    return patches if pos_embed is None else patches + pos_embed
 
 
 def attention(

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastvit import checkpoints
 from fastvit.checkpoints import CheckpointError, convert_onnx, load_checkpoint, read_state_dict, save_checkpoint
 from fastvit.foreign import read_npz, read_onnx_encoder
 from fastvit.model import VisionTransformer, create_model
@@ -61,7 +60,7 @@ def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
             file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "save_file", half_written)
+    monkeypatch.setattr("safetensors.torch.save_file", half_written)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(small(1), path)
     assert equal(read_state_dict(path), values(source))

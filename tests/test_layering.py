@@ -24,7 +24,8 @@ LAYERS = (
 )
 LAYER = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 ONLY = {"reference": set(), "kernels": set(), "dispatch": {"_extension"}, "testing": {"reference"}}
-LAZY = {"triton", "timm", "transformers", "torchvision", "onnx", "numpy", "PIL", "matplotlib", "rich", "psutil"}
+LAZY = {"triton", "timm", "transformers", "torchvision", "onnx", "safetensors"}
+LAZY |= {"numpy", "PIL", "matplotlib", "rich", "psutil"}
 
 
 def package_files() -> list[tuple[str, Path]]:

@@ -133,6 +133,13 @@ def test_compiles_whole_with_its_backward(op, backend):
         torch.testing.assert_close(value, expected[name])
 
 
+def test_compiles_with_symbolic_image_sizes():
+    torch.compiler.reset()
+    inputs = make_inputs("patch_embed", SMALL, 2, torch.float32)
+    compiled = torch.compile(ops.patch_embed, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(**inputs), ops.patch_embed(**inputs))
+
+
 # Stock attention on the CPU has no second derivative.
 @pytest.mark.parametrize(("op", "backend"), [case for case in CASES if "attention" not in case.values[0]])
 def test_double_backward(op, backend):

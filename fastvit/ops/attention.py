@@ -105,7 +105,7 @@ def _check_packed(qkv: Tensor, num_heads: int, dropout_p: float) -> None:
 
 
 def _kernels():
-    from ..kernels import attention as kernels
+    from ..kernels import attention as kernels  # type: ignore[attr-defined]
 
     return kernels
 

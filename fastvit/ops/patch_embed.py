@@ -83,13 +83,15 @@ def _check_tables(weight, bias, pos_embed, prefix, patches: int) -> None:
     if pos_embed is None:
         return
     tokens = patches + (0 if prefix is None else prefix.shape[0])
-    if tuple(pos_embed.shape) not in ((patches, dim), (tokens, dim)):
+    # Compared one by one: `in` does not see through the symbolic sizes of torch.compile(dynamic=True).
+    fits = pos_embed.dim() == 2 and pos_embed.shape[1] == dim
+    if not fits or (pos_embed.shape[0] != patches and pos_embed.shape[0] != tokens):
         forms = " or ".join(str((rows, dim)) for rows in dict.fromkeys((patches, tokens)))
         raise ValueError(f"{NAME}: pos_embed has shape {tuple(pos_embed.shape)}, expected {forms}")
 
 
 def _kernels():
-    from ..kernels import patch_embed as kernels
+    from ..kernels import patch_embed as kernels  # type: ignore[attr-defined]
 
     return kernels
 
