@@ -50,9 +50,11 @@ test:
 	@MAKEFLAGS= .ci/stages $(CHECKS)
 
 lint: $(READY)
-	@.ci/have $(PYTHON) ruff lint || exit 0; $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
-	@.ci/have $(PYTHON) clang-format lint || exit 0; \
-	clang-format --dry-run -Werror $(SOURCES)
+	@status=0; \
+	if .ci/have $(PYTHON) ruff lint; then $(PYTHON) -m ruff check . || status=1; \
+		$(PYTHON) -m ruff format --check . || status=1; fi; \
+	if .ci/have $(PYTHON) clang-format lint; then clang-format --dry-run -Werror $(SOURCES) || status=1; fi; \
+	exit $$status
 
 format: $(READY)
 	@$(PYTHON) -m ruff check --fix . ; $(PYTHON) -m ruff format . && clang-format -i $(SOURCES)
