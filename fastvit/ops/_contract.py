@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .. import _extension
+from ..dispatch import Backend
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -98,3 +100,13 @@ def compiled(backend: str) -> ModuleType:
         return _cuda
     assert _extension.CPP is not None, "dispatch checked that the extension is loaded"
     return _extension.CPP
+
+
+def compiled_backends(run: Callable[[str], Callable], why_not: Callable[[str], Callable], plain: Callable):
+    """Backends of an op whose kernels are compiled, in order of preference; ``run`` and ``why_not`` take a name."""
+    return (
+        Backend("cuda", run("cuda"), why_not("cuda"), ("cuda",)),
+        Backend("cpp", run("cpp"), why_not("cpp"), ("cpu",)),
+        Backend("torch", plain),
+        Backend("reference", plain),
+    )

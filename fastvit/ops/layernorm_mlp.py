@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import Backend, Op
+from ..dispatch import Op
 from . import _contract, _register
 from .layernorm_linear import check_norm, check_weight, fake_grads, keep
 from .linear_residual import check_branch
@@ -197,10 +197,4 @@ def _why_not(backend: str):
     return why_not
 
 
-OP = Op(
-    NAME,
-    Backend("cuda", _run_compiled("cuda"), _why_not("cuda"), ("cuda",)),
-    Backend("cpp", _run_compiled("cpp"), _why_not("cpp"), ("cpu",)),
-    Backend("torch", _run_torch),
-    Backend("reference", _run_torch),
-)
+OP = Op(NAME, *_contract.compiled_backends(_run_compiled, _why_not, _run_torch))
