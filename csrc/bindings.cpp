@@ -12,7 +12,12 @@ namespace py = pybind11;
 using namespace py::literals;
 
 py::dict build_info() {
-  return py::dict("torch"_a = TORCH_VERSION, "compiler"_a = __VERSION__, "cplusplus"_a = static_cast<long>(__cplusplus));
+#ifdef _OPENMP
+  constexpr bool openmp = true;  // without it at::parallel_for runs on one thread
+#else
+  constexpr bool openmp = false;
+#endif
+  return py::dict("torch"_a = TORCH_VERSION, "compiler"_a = __VERSION__, "openmp"_a = openmp);
 }
 
 py::dict cpu_capabilities() {

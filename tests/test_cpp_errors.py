@@ -70,3 +70,7 @@ def test_facts():
     assert C.cpu_capabilities()["fp32"] in ("avx512", "avx2", "baseline")
     assert C.cpu_capabilities()["bf16"] in ("brgemm", "fp32")
     assert C.build_info()["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_built_with_threads():
+    assert C.build_info()["openmp"], "compile with -fopenmp: without it every op runs on one thread"

@@ -28,7 +28,9 @@ FASTVIT_INLINE void store_transposed_as(const TransposedTile& tile) {
 
 template <class S>
 FASTVIT_INLINE f32x16 dot_row_as(const void* a, const float* b, int64_t n, f32x16 total) {
-  for (int64_t i = 0; i < n; i += LANES) total += load_part(static_cast<const S*>(a) + i, n - i) * load_part(b + i, n - i);
+  for (int64_t i = 0; i < n; i += LANES) {
+    total += load_part(static_cast<const S*>(a) + i, n - i) * load_part(b + i, n - i);
+  }
   return total;
 }
 
@@ -114,12 +116,14 @@ void linear_weight_grad(const TransposedRows<T>& x, const GradRows<T>& g, int64_
       float* unscaled = scratch.take<float>(PANEL * x.width);
       store_transposed({sums, x.width, columns, nullptr, unscaled, x.width, at::kFloat});
       for (int64_t n = 0; n < columns; ++n) {
-        out.dlayer_scale[n0 + n] = dot_row(out.weight.row(n0 + n), out.weight.dtype(), unscaled + n * x.width, x.width) +
-                                   out.bias[n0 + n] * out.column_sums[n0 + n];
+        const int64_t i = n0 + n;
+        const float dot = dot_row(out.weight.row(i), out.weight.dtype(), unscaled + n * x.width, x.width);
+        out.dlayer_scale[i] = dot + out.bias[i] * out.column_sums[i];
       }
     }
     if (out.dweight.count > 0) {
-      store_transposed({sums, x.width, columns, out.layer_scale ? out.layer_scale + n0 : nullptr, out.dweight.mutable_row(n0), out.dweight.stride(),
+      const float* scale = out.layer_scale ? out.layer_scale + n0 : nullptr;
+      store_transposed({sums, x.width, columns, scale, out.dweight.mutable_row(n0), out.dweight.stride(),
                         out.dweight.dtype()});
     }
   });

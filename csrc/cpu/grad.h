@@ -1,8 +1,8 @@
 // Building blocks of the backward passes.
 //
 // A weight gradient is dW^T (E, O) = X^T (E, M) dY (M, O): X is transposed once, in chunks of rows, and each task takes
-// 64 columns of dY over all M, so nothing is summed across threads. Sums over rows are kept for fixed groups of rows and
-// added in order. So gradients do not depend on the number of threads.
+// 64 columns of dY over all M, so nothing is summed across threads. Sums over rows are kept for fixed groups of rows
+// and added in order. So gradients do not depend on the number of threads.
 #pragma once
 
 #include "linear.h"

@@ -60,8 +60,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layernorm_linear_bwd(
   const Tensor gamma = padded_vector(norm_weight, width, 1), beta = padded_vector(norm_bias, width, 0);
   const RowScale no_scale({}, rows.count);
   const auto dtype = compute_dtype(weight.scalar_type());
-  NormInputGrad norm_grad{rows, gamma.const_data_ptr<float>(), mean.const_data_ptr<float>(), rstd.const_data_ptr<float>(),
-                          Rows{}, rows_if(want_x, dx), want_norm_weight || want_norm_bias};
+  NormInputGrad norm_grad{rows,
+                          gamma.const_data_ptr<float>(),
+                          mean.const_data_ptr<float>(),
+                          rstd.const_data_ptr<float>(),
+                          Rows{},
+                          rows_if(want_x, dx),
+                          want_norm_weight || want_norm_bias};
   with_compute_type(dtype, [&]<class T>(T) {
     const GradRows<T> g = scaled_rows<T>(grad, no_scale);
     if (want_x || norm_grad.want_norm) norm_input_grad(g, pack_matrix(weight, dtype), norm_grad);

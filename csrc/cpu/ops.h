@@ -1,4 +1,4 @@
-// The ops of fastvit._C. Letters: M rows (leading dimensions flattened), E width, F hidden, O output features, B samples.
+// The ops of fastvit._C. M rows (leading dimensions flattened), E width, F hidden, O output features, B samples.
 // Tensors are float32, bfloat16 or float16 on the CPU, in any row stride; meaning: fastvit/reference.py.
 #pragma once
 
