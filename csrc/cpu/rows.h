@@ -62,7 +62,7 @@ Statistics row_statistics(const float* x, int64_t n, float eps);
 void normalize_row(const float* x, int64_t n, Statistics stats, const float* weight, const float* bias, void* out,
                    at::ScalarType out_dtype);
 
-// One row of LayerNorm's backward. dy, the gradient of its output, is overwritten; adds to dweight and dbias if not null.
+// One row of LayerNorm's backward. dy, the gradient of its output, is overwritten; adds to dweight, dbias if not null.
 struct NormGradRow {
   const float* x;
   float* dy;
