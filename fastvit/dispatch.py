@@ -23,6 +23,7 @@ OPS: dict[str, Op] = {}
 _choice: dict[str, str] = {}
 _warned: set[tuple[str, str, str]] = set()
 _record: list[tuple[str, str]] | None = None
+_explained: dict[str, dict[str, list[str]]] | None = None
 
 
 class Unsupported(RuntimeError):
@@ -58,6 +59,8 @@ class Op:
         OPS[name] = self
 
     def __call__(self, first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if _explained is not None:
+            _explained[self.name] = self.explain(first, *args, **kwargs)
         backend = self.select(first, *args, **kwargs)
         if _record is not None:
             _record.append((self.name, backend.name))
@@ -136,6 +139,17 @@ def recording() -> Iterator[list[tuple[str, str]]]:
         yield _record
     finally:
         _record = before
+
+
+@contextmanager
+def explaining() -> Iterator[dict[str, dict[str, list[str]]]]:
+    """Collect, for each op called inside, the reasons of every backend against its latest call."""
+    global _explained
+    before, _explained = _explained, {}
+    try:
+        yield _explained
+    finally:
+        _explained = before
 
 
 def _choose_from_environment() -> None:

@@ -68,6 +68,13 @@ def test_explain_lists_the_reasons_of_every_backend(op):
     assert op.explain(-torch.ones(1)) == {"cpp": ["x has a value that is not positive"], "torch": []}
 
 
+def test_explaining_keeps_the_reasons_of_a_call(op):
+    with dispatch.explaining() as explained:
+        op(torch.ones(1))
+    op(-torch.ones(1))
+    assert explained == {"made_up": {"cpp": [], "torch": []}}
+
+
 def test_recording_names_what_ran(op):
     with recording() as calls:
         op(torch.ones(1))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from .. import __version__, _extension, ops, parity, testing
-from ..dispatch import OPS, Op
+from ..dispatch import OPS, explaining, use_backend
 from . import _common
 
 _COST = {
@@ -66,26 +64,11 @@ def parts() -> dict[str, dict[str, Any]]:
 def _explain(name: str, dtype: torch.dtype, batch: int, device: torch.device) -> dict[str, Any]:
     """For each backend of an op the reasons against it, and the one that runs."""
     inputs = testing.make_inputs(name, testing.VIT_SHAPES["base"], batch, dtype, str(device))
-    with _recorded(OPS[name]) as reasons, torch.no_grad():
+    with use_backend("torch"), explaining() as explained, torch.no_grad():
         getattr(ops, name)(**inputs)
+    reasons = explained[name]
     able = [backend for backend, against in reasons.items() if not against]
     return {"runs": able[0] if able else None, "backends": reasons}
-
-
-@contextmanager
-def _recorded(op: Op) -> Iterator[dict[str, list[str]]]:
-    """Explain the op's next call, as dispatch sees its arguments, in place of choosing a backend for it."""
-    reasons: dict[str, list[str]] = {}
-
-    def explain(*args: Any, **kwargs: Any):
-        reasons.update(op.explain(*args, **kwargs))
-        return op.backends["torch"]
-
-    op.select = explain  # type: ignore[method-assign]
-    try:
-        yield reasons
-    finally:
-        del op.select
 
 
 def _tables(result: dict[str, Any]) -> list[Any]:
