@@ -85,7 +85,8 @@ def cpp_extension() -> Extension | None:
         files,
         include_dirs=[str(ROOT / "csrc")],
         depends=headers(),
-        extra_compile_args=compile_args,
+        # Threads come from the libgomp that torch loads, so nothing is linked: one OpenMP runtime in the process.
+        extra_compile_args=[*compile_args, "-fopenmp", "-Wno-psabi"],
         extra_link_args=link_args,
     )
 
