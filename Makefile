@@ -68,7 +68,7 @@ unit: setup
 # Triton's interpreter is chosen when a kernel is defined: a process of its own
 interpreter: setup
 	@.ci/have $(PYTHON) pytest,triton interpreter || exit 0; \
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) tests/test_*_kernel.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) --disable-warnings tests/test_*_kernel.py
 
 sanitize: setup
 	@.ci/have $(PYTHON) pytest sanitize || exit 0; .ci/sanitize $(PYTHON) $(SANITIZED)
