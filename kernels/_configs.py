@@ -62,9 +62,9 @@ def attention_settings(kernel: str, dtype: Any, dim: int, keys: int, hopper: boo
     if dtype.itemsize == 4:  # IEEE products run on the plain FMA units, whose operands pass through registers
         cols = tuple(32 if dim - start > 16 else 16 for start in range(0, dim, 32))
         if kernel == "fwd":
-            return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168)
+            return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168 if dim <= 96 else 255)
         if kernel == "bwd_dq":
-            return AttentionSettings(cols, 32, 32, max_registers=168)
+            return AttentionSettings(cols, 32, 16, max_registers=168)
         return AttentionSettings(cols, 16, 32, num_warps=8, max_registers=168)
     wide = dim > 64
     cols = power_of_two_parts(dim, 16, 2) if wide else power_of_two_parts(dim, 32, 1)
@@ -79,7 +79,7 @@ def attention_settings(kernel: str, dtype: Any, dim: int, keys: int, hopper: boo
         tiles = (64,) if keys <= 64 else (128,) if keys <= 128 else (128, 128)
         return AttentionSettings(cols, 32, keys=tiles, num_warps=8)
     if hopper:
-        return AttentionSettings(cols, 64 if dim <= 96 else 32, 64)
+        return AttentionSettings(cols, 64 if dim <= 80 else 32, 64, max_registers=255)
     return AttentionSettings(cols, 32, 64, num_warps=8 if dim > 96 else 4)
 
 
