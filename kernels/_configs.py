@@ -70,7 +70,7 @@ def attention_settings(kernel: str, dtype: Any, dim: int, keys: int, hopper: boo
     cols = power_of_two_parts(dim, 16, 2) if wide else power_of_two_parts(dim, 32, 1)
     if kernel == "fwd":
         tiles = power_of_two_parts(keys, 16, 3)
-        if sum(tiles) <= 256 and not wide:
+        if sum(tiles) <= (256 if hopper else 224) and not wide:
             return AttentionSettings(cols, 64, keys=tiles)
         return AttentionSettings(cols, 128, 64, num_warps=8, num_stages=2 if wide else 3)
     if kernel == "bwd_dq":
