@@ -80,7 +80,8 @@ def attention_bwd(
 def aot_cases(arch: int = 90) -> list[AotCase]:
     """What a device of this architecture compiles for packed inputs, ViT-B/16 at 224 pixels (D = 64, N = 197) first."""
     cases: dict[Any, AotCase] = {}
-    sizes = [(64, 197), (64, 50), (64, 65), (64, 150), (64, 256), (64, 577), (72, 729), (80, 257), (88, 257), (128, 1025)]
+    sizes = [(64, length) for length in (197, 50, 65, 150, 256, 577)]
+    sizes += [(72, 729), (80, 257), (88, 257), (128, 1025)]
     sizes += [(dim, 197) for dim in (32, 40, 48, 56, 96, 104, 112, 120)]
     device = Limits.of_arch(arch)
     for (dim, length), dtype in product(sizes, (torch.bfloat16, torch.float16, torch.float32)):
