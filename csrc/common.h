@@ -27,8 +27,8 @@ inline void check_tensor(const char* op, const char* name, const Tensor& tensor)
   TORCH_CHECK_VALUE(tensor.defined(), op, ": ", name, " is missing");
   TORCH_CHECK_VALUE(tensor.device().is_cpu(), op, ": ", name, " is on ", tensor.device(), ", expected the CPU");
   const auto dtype = tensor.scalar_type();
-  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, op, ": ", name,
-                    " has dtype ", dtype, ", expected float32, bfloat16 or float16");
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, op, ": ", name, " has dtype ",
+                    dtype, ", expected float32, bfloat16 or float16");
 }
 
 inline void check_shape(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef expected,

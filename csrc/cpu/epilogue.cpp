@@ -33,9 +33,12 @@ FASTVIT_INLINE void store_activated_by(const TileSource& tile, const TileTarget&
 template <class S>
 FASTVIT_INLINE void store_activated_as(const TileSource& tile, Activation act, const TileTarget& activated) {
   switch (act) {
-    case Activation::gelu: return store_activated_by<S, Activation::gelu>(tile, activated);
-    case Activation::gelu_tanh: return store_activated_by<S, Activation::gelu_tanh>(tile, activated);
-    case Activation::quick_gelu: return store_activated_by<S, Activation::quick_gelu>(tile, activated);
+    case Activation::gelu:
+      return store_activated_by<S, Activation::gelu>(tile, activated);
+    case Activation::gelu_tanh:
+      return store_activated_by<S, Activation::gelu_tanh>(tile, activated);
+    case Activation::quick_gelu:
+      return store_activated_by<S, Activation::quick_gelu>(tile, activated);
   }
 }
 
@@ -76,9 +79,12 @@ FASTVIT_INLINE void activation_backward_by(const ActivationGradTile& tile) {
 template <class S>
 FASTVIT_INLINE void activation_backward_as(const ActivationGradTile& tile, Activation act) {
   switch (act) {
-    case Activation::gelu: return activation_backward_by<S, Activation::gelu>(tile);
-    case Activation::gelu_tanh: return activation_backward_by<S, Activation::gelu_tanh>(tile);
-    case Activation::quick_gelu: return activation_backward_by<S, Activation::quick_gelu>(tile);
+    case Activation::gelu:
+      return activation_backward_by<S, Activation::gelu>(tile);
+    case Activation::gelu_tanh:
+      return activation_backward_by<S, Activation::gelu_tanh>(tile);
+    case Activation::quick_gelu:
+      return activation_backward_by<S, Activation::quick_gelu>(tile);
   }
 }
 

@@ -43,8 +43,8 @@ void store_residual(const ResidualTile& args);
 // The tile is dA, the gradient of act(h). Writes act(h) and dA * act'(h), (rows, 64) each, to float32 tiles with row
 // stride 64, and adds the columns of the latter to `column_sum` (64).
 struct ActivationGradTile {
-  const float* da;      // (rows, 64), row stride 64
-  const void* h;        // (rows, columns)
+  const float* da;  // (rows, 64), row stride 64
+  const void* h;    // (rows, columns)
   int64_t h_stride;
   at::ScalarType h_dtype;
   int64_t rows, columns;

@@ -50,8 +50,7 @@ void pack_panel_transposed(const c10::BFloat16* src, int64_t stride, int64_t n, 
 
 // One panel from rows of k: src[k * stride + n], row k multiplied by scale[k] when given.
 void pack_panel(const float* src, int64_t stride, int64_t n, int64_t k, const float* scale, float* dst);
-void pack_panel(const c10::BFloat16* src, int64_t stride, int64_t n, int64_t k, const float* scale,
-                c10::BFloat16* dst);
+void pack_panel(const c10::BFloat16* src, int64_t stride, int64_t n, int64_t k, const float* scale, c10::BFloat16* dst);
 
 // A (k, 64) float32 tile in bfloat16 pairs; an odd last row is paired with zeros.
 void pack_pairs(const float* tile, int64_t k, c10::BFloat16* dst);

@@ -65,9 +65,12 @@ FASTVIT_CLONES void store_transposed(const TransposedTile& tile) {
 FASTVIT_CLONES float dot_row(const void* a, at::ScalarType dtype, const float* b, int64_t n) {
   const f32x16 zero{};
   switch (dtype) {
-    case at::kBFloat16: return sum_lanes(dot_row_as<c10::BFloat16>(a, b, n, zero));
-    case at::kHalf: return sum_lanes(dot_row_as<c10::Half>(a, b, n, zero));
-    default: return sum_lanes(dot_row_as<float>(a, b, n, zero));
+    case at::kBFloat16:
+      return sum_lanes(dot_row_as<c10::BFloat16>(a, b, n, zero));
+    case at::kHalf:
+      return sum_lanes(dot_row_as<c10::Half>(a, b, n, zero));
+    default:
+      return sum_lanes(dot_row_as<float>(a, b, n, zero));
   }
 }
 
@@ -123,8 +126,8 @@ void linear_weight_grad(const TransposedRows<T>& x, const GradRows<T>& g, int64_
     }
     if (out.dweight.count > 0) {
       const float* scale = out.layer_scale ? out.layer_scale + n0 : nullptr;
-      store_transposed({sums, x.width, columns, scale, out.dweight.mutable_row(n0), out.dweight.stride(),
-                        out.dweight.dtype()});
+      store_transposed(
+          {sums, x.width, columns, scale, out.dweight.mutable_row(n0), out.dweight.stride(), out.dweight.dtype()});
     }
   });
 }
@@ -150,7 +153,9 @@ void norm_input_grad(const GradRows<T>& dy, const PackedWeight& weight, NormInpu
         std::copy_n(sums + (p * range.size() + i - range.begin) * PANEL, PANEL, dnorm + p * PANEL);
       }
       const int64_t partial = i / group_rows * padded;
-      normalize_row_backward({args.x.as_float(i, x_buffer), dnorm, args.norm_weight,
+      normalize_row_backward({args.x.as_float(i, x_buffer),
+                              dnorm,
+                              args.norm_weight,
                               args.residual_grad.count > 0 ? args.residual_grad.as_float(i, residual_buffer) : nullptr,
                               {args.mean[i], args.rstd[i]},
                               width,

@@ -102,11 +102,11 @@ float dot_row(const void* a, at::ScalarType dtype, const float* b, int64_t n);
 
 // The gradient of a linear's weight W (O, E) and what hangs on it, from dY = layer_scale * G, G = row_scale * dout.
 struct LinearWeightGrad {
-  Rows dweight;                      // (O, E) = layer_scale * G^T X; no rows when not wanted
-  const float* layer_scale;          // (O, padded), null for none
-  Rows weight = {};                  // (O, E), for dlayer_scale
+  Rows dweight;                                         // (O, E) = layer_scale * G^T X; no rows when not wanted
+  const float* layer_scale;                             // (O, padded), null for none
+  Rows weight = {};                                     // (O, E), for dlayer_scale
   const float *bias = nullptr, *column_sums = nullptr;  // (O, padded)
-  float* dlayer_scale = nullptr;     // (O) = <W, G^T X> + bias * column_sums; null when not wanted
+  float* dlayer_scale = nullptr;                        // (O) = <W, G^T X> + bias * column_sums; null when not wanted
 };
 
 // One zero bias a column of a panel.

@@ -60,13 +60,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layernorm_linear_bwd(
   const Tensor gamma = padded_vector(norm_weight, width, 1), beta = padded_vector(norm_bias, width, 0);
   const RowScale no_scale({}, rows.count);
   const auto dtype = compute_dtype(weight.scalar_type());
-  NormInputGrad norm_grad{rows,
-                          gamma.const_data_ptr<float>(),
-                          mean.const_data_ptr<float>(),
-                          rstd.const_data_ptr<float>(),
-                          Rows{},
-                          rows_if(want_x, dx),
-                          want_norm_weight || want_norm_bias};
+  NormInputGrad norm_grad{
+      rows,   gamma.const_data_ptr<float>(), mean.const_data_ptr<float>(),      rstd.const_data_ptr<float>(),
+      Rows{}, rows_if(want_x, dx),           want_norm_weight || want_norm_bias};
   with_compute_type(dtype, [&]<class T>(T) {
     const GradRows<T> g = scaled_rows<T>(grad, no_scale);
     if (want_x || norm_grad.want_norm) norm_input_grad(g, pack_matrix(weight, dtype), norm_grad);
@@ -75,10 +71,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layernorm_linear_bwd(
       linear_weight_grad(transposed, g, rows.count, features, {rows_of(dweight), nullptr});
     }
   });
-  return {dx,
-          vector_grad(want_norm_weight, norm_grad.dnorm_weight, norm_weight),
-          vector_grad(want_norm_bias, norm_grad.dnorm_bias, norm_bias),
-          dweight,
+  return {dx, vector_grad(want_norm_weight, norm_grad.dnorm_weight, norm_weight),
+          vector_grad(want_norm_bias, norm_grad.dnorm_bias, norm_bias), dweight,
           want_bias ? column_sums(grad, no_scale).narrow(0, 0, features).to(weight.scalar_type())
                     : at::empty({0}, weight.options())};
 }

@@ -6,8 +6,8 @@
 namespace fastvit::cpu {
 namespace {
 
-constexpr int64_t HIDDEN_CHUNK = 512;    // hidden columns between fc1 and fc2: 128 rows of them take 256 KB of L2
-constexpr int64_t MIN_FUSED_ROWS = 32;   // with fewer rows a thread, splitting the columns of each GEMM is faster
+constexpr int64_t HIDDEN_CHUNK = 512;   // hidden columns between fc1 and fc2: 128 rows of them take 256 KB of L2
+constexpr int64_t MIN_FUSED_ROWS = 32;  // with fewer rows a thread, splitting the columns of each GEMM is faster
 
 struct MlpForward {
   Rows x, out, h;  // h has no rows unless it is saved
@@ -81,11 +81,13 @@ void mlp_forward(const MlpForward& args) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_mlp_fwd(
-    const Tensor& x, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& fc1_weight,
-    const OptionalTensor& fc1_bias, const Tensor& fc2_weight, const OptionalTensor& fc2_bias,
-    const OptionalTensor& layer_scale, const OptionalTensor& row_scale, const std::string& act, double eps,
-    bool residual, bool save, bool cache) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_mlp_fwd(const Tensor& x, const OptionalTensor& norm_weight,
+                                                             const OptionalTensor& norm_bias, const Tensor& fc1_weight,
+                                                             const OptionalTensor& fc1_bias, const Tensor& fc2_weight,
+                                                             const OptionalTensor& fc2_bias,
+                                                             const OptionalTensor& layer_scale,
+                                                             const OptionalTensor& row_scale, const std::string& act,
+                                                             double eps, bool residual, bool save, bool cache) {
   constexpr const char* op = "layernorm_mlp";
   const NoAutograd no_autograd;
   const Activation activation = parse_activation(op, act);

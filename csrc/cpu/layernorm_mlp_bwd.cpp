@@ -13,20 +13,20 @@ constexpr int64_t TILE_ROWS = 128;  // even, and divides ROW_CHUNK
 
 template <class T>
 struct MlpBackward {
-  Rows h;                            // (M, F)
-  GradRows<T> g;                     // (M, E)
-  TransposedRows<T> g_transposed;    // no storage when dW2 and dlayer_scale are not wanted
-  TransposedRows<T> norm_transposed; // no storage when dW1 is not wanted
-  Rows fc2_weight;                   // (E, F) in T
-  const float* layer_scale;          // (E, padded)
+  Rows h;                             // (M, F)
+  GradRows<T> g;                      // (M, E)
+  TransposedRows<T> g_transposed;     // no storage when dW2 and dlayer_scale are not wanted
+  TransposedRows<T> norm_transposed;  // no storage when dW1 is not wanted
+  Rows fc2_weight;                    // (E, F) in T
+  const float* layer_scale;           // (E, padded)
   Activation act;
   int64_t width;
 
   // Results; no rows or null when not wanted.
-  GradRows<T> dh;                    // (M, F padded)
+  GradRows<T> dh;  // (M, F padded)
   T* dh_data;
   Rows dfc1_weight, dfc2_weight;
-  float *dfc1_bias, *dlayer_scale;   // (F, padded), (panels of F, E): parts of <W2, G^T a>
+  float *dfc1_bias, *dlayer_scale;  // (F, padded), (panels of F, E): parts of <W2, G^T a>
 
   bool want_dh() const { return dh_data || dfc1_weight.count > 0 || dfc1_bias; }
   bool want_fc2() const { return dfc2_weight.count > 0 || dlayer_scale; }
@@ -65,9 +65,9 @@ void hidden_chunk(const MlpBackward<T>& args, Range chunk, int64_t p, const T* f
     }
     float* activated = tile_for(panels.activated_tile, panels.activated + at);
     float* dh = tile_for(panels.dh_tile, panels.dh + at);
-    activation_backward({panels.da, tile_at(args.h, r0, p), args.h.stride(), args.h.dtype(), count, columns, activated,
-                         dh, dh_sum},
-                        args.act);
+    activation_backward(
+        {panels.da, tile_at(args.h, r0, p), args.h.stride(), args.h.dtype(), count, columns, activated, dh, dh_sum},
+        args.act);
     finish_panel(activated, count, panels.activated + at);
     finish_panel(dh, count, panels.dh + at);
     if (args.dh_data) {
@@ -151,9 +151,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
   check_shape(op, "h", h, {flat_rows(x), fc1_weight.size(0)}, "like the rows of x and of fc1_weight");
 
   if (flat_rows(x) == 0) {
-    return {zeros_if(want_x, x), zeros_if(want_norm_weight, norm_weight), zeros_if(want_norm_bias, norm_bias),
-            zeros_if(want_fc1, fc1_weight), zeros_if(want_fc1_bias, fc1_weight.select(1, 0)),
-            zeros_if(want_fc2, fc2_weight), zeros_if(want_fc2_bias, fc2_bias), zeros_if(want_scale, layer_scale)};
+    return {zeros_if(want_x, x),
+            zeros_if(want_norm_weight, norm_weight),
+            zeros_if(want_norm_bias, norm_bias),
+            zeros_if(want_fc1, fc1_weight),
+            zeros_if(want_fc1_bias, fc1_weight.select(1, 0)),
+            zeros_if(want_fc2, fc2_weight),
+            zeros_if(want_fc2_bias, fc2_bias),
+            zeros_if(want_scale, layer_scale)};
   }
   const Rows rows = rows_of(x), grad = rows_of(dout);
   const int64_t width = rows.width, hidden = fc1_weight.size(0), panels = ceil_div(hidden, PANEL);
@@ -203,8 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
 
   const Tensor sums = want_fc2_bias || want_scale ? column_sums(grad, row_factor) : Tensor{};
   const Tensor bias = padded_vector(fc2_bias, width, 0);
-  const Tensor dscale =
-      want_scale ? sum_partials(scale_parts) + (bias * sums).narrow(0, 0, width) : Tensor{};
+  const Tensor dscale = want_scale ? sum_partials(scale_parts) + (bias * sums).narrow(0, 0, width) : Tensor{};
   return {dx,
           vector_grad(want_norm_weight, norm_grad.dnorm_weight, norm_weight),
           vector_grad(want_norm_bias, norm_grad.dnorm_bias, norm_bias),

@@ -14,38 +14,41 @@ template <size_t N>
 using Tensors = std::array<Tensor, N>;
 
 // out (..., O) in the dtype of weight; mean, rstd (M,) float32
-std::tuple<Tensor, Tensor, Tensor> layernorm_linear_fwd(
-    const Tensor& x,                  // (..., E)
-    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,  // (E,)
-    const Tensor& weight,             // (O, E)
-    const OptionalTensor& bias,       // (O,)
-    double eps, bool cache);
+std::tuple<Tensor, Tensor, Tensor> layernorm_linear_fwd(const Tensor& x,  // (..., E)
+                                                        const OptionalTensor& norm_weight,
+                                                        const OptionalTensor& norm_bias,  // (E,)
+                                                        const Tensor& weight,             // (O, E)
+                                                        const OptionalTensor& bias,       // (O,)
+                                                        double eps, bool cache);
 
 // (dx, dnorm_weight, dnorm_bias, dweight, dbias); empty where the mask is false
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layernorm_linear_bwd(
-    const Tensor& dout,               // (..., O)
-    const Tensor& x, const Tensor& mean, const Tensor& rstd, const OptionalTensor& norm_weight,
-    const OptionalTensor& norm_bias, const Tensor& weight, std::array<bool, 5> mask);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layernorm_linear_bwd(const Tensor& dout,  // (..., O)
+                                                                        const Tensor& x, const Tensor& mean,
+                                                                        const Tensor& rstd,
+                                                                        const OptionalTensor& norm_weight,
+                                                                        const OptionalTensor& norm_bias,
+                                                                        const Tensor& weight, std::array<bool, 5> mask);
 
 // out (..., O) in the dtype of residual
-Tensor linear_residual_fwd(
-    const Tensor& x,                  // (..., E)
-    const Tensor& weight,             // (O, E)
-    const OptionalTensor& bias,       // (O,)
-    const Tensor& residual,           // (..., O)
-    const OptionalTensor& layer_scale,  // (O,)
-    const OptionalTensor& row_scale,  // (B,)
-    bool cache);
+Tensor linear_residual_fwd(const Tensor& x,                    // (..., E)
+                           const Tensor& weight,               // (O, E)
+                           const OptionalTensor& bias,         // (O,)
+                           const Tensor& residual,             // (..., O)
+                           const OptionalTensor& layer_scale,  // (O,)
+                           const OptionalTensor& row_scale,    // (B,)
+                           bool cache);
 
 // (dx, dweight, dbias, dlayer_scale)
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_residual_bwd(
-    const Tensor& dout,               // (..., O)
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& layer_scale,
-    const OptionalTensor& row_scale, std::array<bool, 4> mask);
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_residual_bwd(const Tensor& dout,  // (..., O)
+                                                               const Tensor& x, const Tensor& weight,
+                                                               const OptionalTensor& bias,
+                                                               const OptionalTensor& layer_scale,
+                                                               const OptionalTensor& row_scale,
+                                                               std::array<bool, 4> mask);
 
 // out (..., E) in the dtype of x; mean, rstd (M,) float32; h (M, F) before the activation, empty unless save
 std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_mlp_fwd(
-    const Tensor& x,                  // (..., E)
+    const Tensor& x,                                                     // (..., E)
     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,  // (E,)
     const Tensor& fc1_weight, const OptionalTensor& fc1_bias,            // (F, E), (F,)
     const Tensor& fc2_weight, const OptionalTensor& fc2_bias,            // (E, F), (E,)
@@ -54,9 +57,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_mlp_fwd(
 
 // (dx, dnorm_weight, dnorm_bias, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias, dlayer_scale)
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layernorm_mlp_bwd(
-    const Tensor& dout,               // (..., E)
+    const Tensor& dout,  // (..., E)
     const Tensor& x, const Tensor& mean, const Tensor& rstd,
-    const Tensor& h,                  // (M, F)
+    const Tensor& h,  // (M, F)
     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& fc1_weight,
     const Tensor& fc2_weight, const OptionalTensor& fc2_bias, const OptionalTensor& layer_scale,
     const OptionalTensor& row_scale, const std::string& act, bool residual, std::array<bool, 8> mask);

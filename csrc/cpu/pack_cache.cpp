@@ -13,8 +13,8 @@ namespace {
 using WeakStorage = c10::weak_intrusive_ptr<c10::StorageImpl>;
 
 // Which view of which storage, packed for which GEMM.
-using Key = std::tuple<const c10::StorageImpl*, int64_t, int64_t, int64_t, int64_t, int64_t, at::ScalarType,
-                       at::ScalarType>;
+using Key =
+    std::tuple<const c10::StorageImpl*, int64_t, int64_t, int64_t, int64_t, int64_t, at::ScalarType, at::ScalarType>;
 
 // What must be unchanged for a pack to be right.
 struct Stamp {
@@ -46,8 +46,14 @@ Cache& cache_instance() {
 }
 
 Key key_of(const at::Tensor& weight) {
-  return {weight.storage().unsafeGetStorageImpl(), weight.storage_offset(), weight.size(0), weight.size(1),
-          weight.stride(0), weight.stride(1), weight.scalar_type(), compute_dtype(weight.scalar_type())};
+  return {weight.storage().unsafeGetStorageImpl(),
+          weight.storage_offset(),
+          weight.size(0),
+          weight.size(1),
+          weight.stride(0),
+          weight.stride(1),
+          weight.scalar_type(),
+          compute_dtype(weight.scalar_type())};
 }
 
 // Hash of about 1,000 elements spread over every row and column: an odd step visits all columns before it repeats.

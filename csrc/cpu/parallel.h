@@ -29,9 +29,7 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-inline Range piece(int64_t total, int64_t count, int64_t i) {
-  return {total * i / count, total * (i + 1) / count};
-}
+inline Range piece(int64_t total, int64_t count, int64_t i) { return {total * i / count, total * (i + 1) / count}; }
 
 // Buffers that each thread keeps between calls. One Scratch a thread at a time; contents start undefined.
 class Scratch {

@@ -30,15 +30,9 @@ constexpr DType dtype_of<__nv_bfloat16>() {
   return DType::kBFloat16;
 }
 
-__device__ inline float to_float(float v) {
-  return v;
-}
-__device__ inline float to_float(__half v) {
-  return __half2float(v);
-}
-__device__ inline float to_float(__nv_bfloat16 v) {
-  return __bfloat162float(v);
-}
+__device__ inline float to_float(float v) { return v; }
+__device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 template <typename T>
 __device__ inline T from_float(float v);
@@ -201,9 +195,7 @@ inline bool aligned(const Matrix& m) {
   return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && bytes % 16 == 0;
 }
 
-inline bool aligned(const Vector& v) {
-  return reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
-}
+inline bool aligned(const Vector& v) { return reinterpret_cast<uintptr_t>(v.data) % 16 == 0; }
 
 inline int multiprocessors() {
   int device = 0, count = 0;
@@ -212,9 +204,7 @@ inline int multiprocessors() {
   return count > 0 ? count : 1;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename T>
 struct Type {

@@ -111,9 +111,7 @@ __global__ void __launch_bounds__(kAnyThreads, 4) layernorm_bwd_any_kernel(Layer
   }
 }
 
-static int row_threads(int cols) {
-  return int(ceil_div(ceil_div(cols, kVec), kWarp)) * kWarp;
-}
+static int row_threads(int cols) { return int(ceil_div(ceil_div(cols, kVec), kWarp)) * kWarp; }
 
 int layernorm_bwd_groups(int64_t rows, int cols) {
   const int64_t per_sm = ceil_div(kThreadsPerSm, row_threads(cols));

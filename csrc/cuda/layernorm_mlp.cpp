@@ -15,13 +15,9 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTyp
   return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
 }
 
-Tensor nothing(const Tensor& like) {
-  return empty(like, {0}, like.scalar_type());
-}
+Tensor nothing(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
 
-Matrix matrix_of(const Checks& checks, const char* name, const Tensor& t) {
-  return checks.matrix(name, t);
-}
+Matrix matrix_of(const Checks& checks, const char* name, const Tensor& t) { return checks.matrix(name, t); }
 
 Activation activation(const Checks& checks, const std::string& act) {
   if (act == "gelu") return Activation::kGelu;
