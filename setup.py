@@ -3,11 +3,13 @@
 FASTVIT_SKIP_BUILD=1   pure Python: every op still runs, through PyTorch or Triton
 FASTVIT_FORCE_CUDA=1   a CUDA part that cannot be built is an error, not a skip
 FASTVIT_SANITIZE=1     C++ part with AddressSanitizer and UBSan, no CUDA part
+CUTLASS_PATH           CUTLASS 4.2 for Hopper's products: a checkout, where the nvidia-cutlass wheel is not installed
 MAX_JOBS, NVCC_THREADS, TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX as in PyTorch's own extensions
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -50,6 +52,30 @@ def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidate = Path(home) / "bin" / "nvcc" if home else None
     return str(candidate) if candidate and candidate.exists() else shutil.which("nvcc")
+
+
+def find_cutlass() -> Path | None:
+    """The folder of CUTLASS's headers: under CUTLASS_PATH, build/cutlass or in the nvidia-cutlass wheel."""
+    candidates = [Path(os.environ["CUTLASS_PATH"])] if os.environ.get("CUTLASS_PATH") else []
+    candidates.append(ROOT / "build" / "cutlass" / "cutlass_library" / "source")
+    spec = importlib.util.find_spec("cutlass_library")
+    candidates += [Path(place) / "source" for place in (spec.submodule_search_locations if spec else None) or []]
+    found = (path / "include" for path in candidates if (path / "include" / "cutlass" / "cutlass.h").exists())
+    return next(found, None)
+
+
+def arches() -> str:
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHES
+
+
+def why_not_sm90() -> list[str]:
+    """Reasons against Hopper's own matrix products, which cuBLAS and the passes of csrc/cuda stand in for."""
+    reasons = []
+    if not re.search(r"(?<![\d.])9\.0a", arches()):
+        reasons.append(f"9.0a is not among the architectures ({arches()})")
+    if find_cutlass() is None:
+        reasons.append("CUTLASS is not here (pip install --no-deps nvidia-cutlass==4.2.0.0, or set CUTLASS_PATH)")
+    return reasons
 
 
 def arch_flags(arches: str) -> list[str]:
@@ -102,12 +128,19 @@ def cuda_extension() -> Extension | None:
     if not find_nvcc():
         missing.append("no nvcc found (CUDA_HOME, PATH)")
     if not missing:
+        if why_not_sm90():
+            say(f"building without Hopper's own products: {'; '.join(why_not_sm90())}")
         # The .cu files are not listed as sources: torch would ask for a CUDA build of itself.
-        return Extension(CUDA_LIBRARY, sources("csrc/cuda", ".cpp"), depends=headers() + sources("csrc/cuda", ".cu"))
+        return Extension(CUDA_LIBRARY, sources("csrc/cuda", ".cpp"), depends=headers() + cuda_sources())
     if flag("FASTVIT_FORCE_CUDA"):
         raise SystemExit(f"FASTVIT_FORCE_CUDA is set, but {'; '.join(missing)}")
     say(f"skipping the CUDA part: {'; '.join(missing)}. LayerNorm and MLP on a GPU run through PyTorch")
     return None
+
+
+def cuda_sources() -> list[str]:
+    folders = ["csrc/cuda"] if why_not_sm90() else ["csrc/cuda/sm90", "csrc/cuda"]  # the slowest first
+    return [source for folder in folders for end in (".cu", ".cpp") for source in sources(folder, end)]
 
 
 def ninja_escape(text: str) -> str:
@@ -124,10 +157,17 @@ def cuda_ninja_file(build_dir: Path, output: Path) -> str:
     if not (cuda_home / "include" / "cuda_runtime.h").exists():  # nvcc may be a wrapper script: ask it
         dry_run = subprocess.run([nvcc, "--dryrun", "-E", "x.cu"], capture_output=True, text=True)
         cuda_home = Path(re.search(r"^#\$ TOP=(.*)$", dry_run.stdout + dry_run.stderr, re.MULTILINE)[1].strip())
-    arches = arch_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHES)
-    nvcc_flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={cxx}", *arches]
+    base_flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={cxx}"]
+    nvcc_flags = [*base_flags, *arch_flags(arches())]
     if os.environ.get("NVCC_THREADS"):
         nvcc_flags.append(f"--threads={os.environ['NVCC_THREADS']}")
+    sm90_flags = [
+        *base_flags,
+        *arch_flags("9.0a"),
+        "--expt-relaxed-constexpr",
+        "-DNDEBUG",
+        f"-isystem={find_cutlass()}",
+    ]
     cxx_flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DUSE_CUDA"]
     cxx_flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-isystem{cuda_home / 'include'}"]
     cxx_flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
@@ -137,10 +177,15 @@ def cuda_ninja_file(build_dir: Path, output: Path) -> str:
     include = f"-I{ROOT / 'csrc'}"
     lines = [
         f"nvcc_flags = {' '.join(map(ninja_escape, [include, *nvcc_flags]))}",
+        f"sm90_flags = {' '.join(map(ninja_escape, [include, *sm90_flags]))}",
         f"cxx_flags = {' '.join(map(ninja_escape, [include, *cxx_flags]))}",
         f"link_flags = {' '.join(map(ninja_escape, link_flags))}",
         "rule cu",
         f"  command = {nvcc} -MD -MF $out.d $nvcc_flags -c $in -o $out",
+        "  description = $in",
+        "  depfile = $out.d\n  deps = gcc",
+        "rule sm90_cu",
+        f"  command = {nvcc} -MD -MF $out.d $sm90_flags -c $in -o $out",
         "  description = $in",
         "  depfile = $out.d\n  deps = gcc",
         "rule cpp",
@@ -152,10 +197,12 @@ def cuda_ninja_file(build_dir: Path, output: Path) -> str:
         "  description = $out",
     ]
     objects = []
-    for source in sources("csrc/cuda", ".cu") + sources("csrc/cuda", ".cpp"):
+    for source in cuda_sources():
         path = ROOT / source
-        objects.append(ninja_escape(str(build_dir / (path.name + ".o"))))
-        lines.append(f"build {objects[-1]}: {path.suffix[1:]} {ninja_escape(str(path))}")
+        part = path.parent.name
+        objects.append(ninja_escape(str(build_dir / f"{part}_{path.name}.o")))
+        rule = "sm90_cu" if (part, path.suffix) == ("sm90", ".cu") else path.suffix[1:]
+        lines.append(f"build {objects[-1]}: {rule} {ninja_escape(str(path))}")
     lines.append(f"build {ninja_escape(str(output))}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 

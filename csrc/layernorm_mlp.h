@@ -13,7 +13,7 @@
 namespace fastvit {
 
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
-enum class Activation : int { kGelu, kGeluTanh, kQuickGelu };
+enum class Activation : int { kGelu, kGeluTanh, kQuickGelu, kNone };  // kNone: GEMM epilogues only
 
 struct Matrix {
   void* data = nullptr;
@@ -30,7 +30,7 @@ struct Vector {
 struct LayerNormFwd {
   Matrix x;             // (M, E)
   Vector weight, bias;  // (E,)   float32 or y's dtype, both the same
-  Matrix y;             // (M, E)
+  Matrix y;             // (M, E) optional: without it, the statistics alone
   float *mean, *rstd;   // (M,)
   int64_t rows;
   int cols;
@@ -107,12 +107,24 @@ cudaError_t launch_scale(const Scale& p, cudaStream_t stream);
 
 // out[k][c] = sum over g of partials[g][k][c], for one or two vectors k
 struct SumPartials {
-  const float* partials;  // (G, K, C)
+  const float* partials;  // (G, K, C), rows `stride` apart
   Vector out[2];          // (C,) each
   int groups, vectors;    // G, K
-  int64_t cols;           // C
+  int64_t cols, stride;   // C
 };
 cudaError_t launch_sum_partials(const SumPartials& p, cudaStream_t stream);
+
+// LayerNorm's weight and bias put into the linear layer that follows it, so that
+// linear(layernorm(x)) = rstd * (x folded^T - mean * sums) + shift
+struct FoldNorm {
+  Matrix weight;                  // (O, E)
+  Vector norm_weight, norm_bias;  // (E,) optional, float32 or weight's dtype
+  Vector bias;                    // (O,) optional, float32 or weight's dtype
+  Matrix folded;                  // (O, E) weight * norm_weight in weight's dtype
+  float *sums, *shift;            // (O,)   sums of the rounded `folded`; bias + weight norm_bias
+  int64_t rows, cols;             // O, E
+};
+cudaError_t launch_fold_norm(const FoldNorm& p, cudaStream_t stream);
 
 // From g = (dout * row_scale)^T input and sums = column sums of dout * row_scale:
 // dweight = layer_scale g,  dbias = layer_scale sums,  dlayer_scale_j = <weight_j, g_j> + bias_j sums_j

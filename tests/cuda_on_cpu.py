@@ -72,7 +72,7 @@ def library():
 def _build(work: Path) -> None:
     (work / "cuda").mkdir()
     (work / "runtime.cpp").write_text(RUNTIME)
-    for path in sorted((ROOT / "csrc" / "cuda").iterdir()):
+    for path in sorted(path for path in (ROOT / "csrc" / "cuda").iterdir() if path.is_file()):
         name = f"{path.name}.cpp" if path.suffix == ".cu" else path.name
         (work / "cuda" / name).write_text(translate(path.read_text()))
     includes = [f"-I{work}", f"-I{ROOT / 'csrc'}", *(f"-I{path}" for path in include_paths())]

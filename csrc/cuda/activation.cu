@@ -1,47 +1,8 @@
 // The MLP's activation and its derivative, with the bias gradient as a column sum of the same pass.
+#include "cuda/activation.h"
 #include "cuda/pass.cuh"
 
 namespace fastvit {
-
-// Every activation here is h * gate(h); its derivative is gate + h * gate'.
-struct Gate {
-  float value, slope;
-};
-
-__device__ inline Gate sigmoid_gate(float z, float dz) {
-  const float s = 1.f / (1.f + expf(-z));
-  return {s, s * (1.f - s) * dz};
-}
-
-// 16-bit results: reciprocal and exponential of the special function unit, exact to about 2^-21.
-__device__ inline Gate fast_sigmoid_gate(float z, float dz) {
-  const float s = __fdividef(1.f, 1.f + __expf(-z));
-  return {s, s * (1.f - s) * dz};
-}
-
-constexpr float kTanhScale = 0.7978845608f, kTanhCubic = 0.044715f;  // sqrt(2 / pi)
-
-template <Activation ACT, bool FAST>
-__device__ inline Gate gate(float h) {
-  if constexpr (ACT == Activation::kQuickGelu) {
-    return FAST ? fast_sigmoid_gate(1.702f * h, 1.702f) : sigmoid_gate(1.702f * h, 1.702f);
-  } else if constexpr (ACT == Activation::kGeluTanh) {  // (1 + tanh(u)) / 2 = sigmoid(2 u)
-    const float z = 2.f * kTanhScale * h * (1.f + kTanhCubic * h * h);
-    const float dz = 2.f * kTanhScale * (1.f + 3.f * kTanhCubic * h * h);
-    return FAST ? fast_sigmoid_gate(z, dz) : sigmoid_gate(z, dz);
-  } else if constexpr (FAST) {
-    // The normal distribution by Abramowitz and Stegun 7.1.26: below 1e-7 from erf, where erff would cost more
-    // than the memory traffic. The exponential is also the derivative's.
-    const float e = __expf(-0.5f * h * h);
-    const float t = __fdividef(1.f, 1.f + 0.3275911f * 0.7071067812f * fabsf(h));
-    const float poly =
-        t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-    const float tail = 0.5f * poly * e;
-    return {h > 0.f ? 1.f - tail : tail, 0.3989422804f * e};
-  } else {
-    return {0.5f + 0.5f * erff(0.7071067812f * h), 0.3989422804f * expf(-0.5f * h * h)};
-  }
-}
 
 template <typename T, Activation ACT, int N>
 struct ActFwdOp {
@@ -55,7 +16,7 @@ struct ActFwdOp {
     float v[N];
     unpack(in, v);
 #pragma unroll
-    for (int i = 0; i < N; ++i) v[i] *= gate<ACT, sizeof(T) == 2>(v[i]).value;
+    for (int i = 0; i < N; ++i) v[i] = activate<ACT, sizeof(T) == 2>(v[i]);
     store(row_of<T>(a, row) + col, v);
   }
 };
@@ -97,6 +58,8 @@ cudaError_t with_activation(Activation act, F&& f) {
       return f(std::integral_constant<Activation, Activation::kGeluTanh>{});
     case Activation::kQuickGelu:
       return f(std::integral_constant<Activation, Activation::kQuickGelu>{});
+    case Activation::kNone:
+      break;
   }
   return cudaErrorInvalidValue;
 }

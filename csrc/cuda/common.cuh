@@ -197,11 +197,16 @@ inline bool aligned(const Matrix& m) {
 
 inline bool aligned(const Vector& v) { return reinterpret_cast<uintptr_t>(v.data) % 16 == 0; }
 
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
+inline int multiprocessors(int device) {
+  int count = 0;
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count > 0 ? count : 1;
+}
+
+inline int multiprocessors() {
+  int device = 0;
+  cudaGetDevice(&device);
+  return multiprocessors(device);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kMaxThreads) layernorm_fwd_kernel(LayerNormFwd
       p.mean[row] = mean[r];
       p.rstd[row] = rstd[r];
     }
-    if (!inside) continue;
+    if (!inside || p.y.data == nullptr) continue;
 #pragma unroll
     for (int i = 0; i < kVec; ++i) x[r][i] = (x[r][i] - mean[r]) * rstd[r] * weight[i] + bias[i];
     store(row_of<Y>(p.y, row) + col, x[r]);
@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(kAnyThreads) layernorm_fwd_any_kernel(LayerNor
     p.mean[row] = mean[0];
     p.rstd[row] = rstd[0];
   }
+  if (p.y.data == nullptr) return;
   for (int col = threadIdx.x; col < p.cols; col += kAnyThreads) {
     const float weight = param<Y>(p.weight, col, 1.f), bias = param<Y>(p.bias, col, 0.f);
     row_of<Y>(p.y, row)[col] = from_float<Y>((to_float(x[col]) - mean[0]) * rstd[0] * weight + bias);

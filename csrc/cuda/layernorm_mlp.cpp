@@ -6,25 +6,10 @@
 
 #include <tuple>
 
-#include "cuda/checks.h"
+#include "cuda/glue.h"
 
 namespace fastvit {
 namespace {
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
-}
-
-Tensor nothing(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
-
-Matrix matrix_of(const Checks& checks, const char* name, const Tensor& t) { return checks.matrix(name, t); }
-
-Activation activation(const Checks& checks, const std::string& act) {
-  if (act == "gelu") return Activation::kGelu;
-  if (act == "gelu_tanh") return Activation::kGeluTanh;
-  if (act != "quick_gelu") checks.fail("act is '" + act + "', expected 'gelu', 'gelu_tanh' or 'quick_gelu'");
-  return Activation::kQuickGelu;
-}
 
 int64_t samples(const Checks& checks, const MaybeTensor& row_scale, int64_t rows) {
   if (!row_scale) return rows;
@@ -33,20 +18,6 @@ int64_t samples(const Checks& checks, const MaybeTensor& row_scale, int64_t rows
                 "row_scale has shape " + text(row_scale->sizes()) + ", expected one factor a sample of " +
                     std::to_string(rows) + " rows");
   return count;
-}
-
-// The second stage of a pass that summed its columns.
-Tensor finish_sums(const char* op, const Tensor& partials, const Pass& pass, ScalarType dtype, DType kind,
-                   const OnDevice& device) {
-  Tensor sums = empty(partials, {pass.cols}, dtype);
-  SumPartials p{};
-  p.partials = pass.partials;
-  p.out[0] = {sums.data_ptr(), kind};
-  p.groups = pass.groups;
-  p.vectors = 1;
-  p.cols = pass.cols;
-  check_launch(op, launch_sum_partials(p, device.stream()));
-  return sums;
 }
 
 std::tuple<Tensor, Tensor, Tensor> layernorm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps,
@@ -74,6 +45,42 @@ std::tuple<Tensor, Tensor, Tensor> layernorm_fwd(Tensor x, MaybeTensor weight, M
   p.eps = float(eps);
   check_launch("layernorm_fwd", launch_layernorm_fwd(p, device.stream()));
   return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor> row_stats(Tensor x, double eps) {
+  const Checks checks("row_stats", "x", x);
+  LayerNormFwd p{};
+  p.x = checks.matrix("x", x);
+  p.y.dtype = p.x.dtype;
+  const OnDevice device(x);
+  p.rows = x.size(0);
+  p.cols = int(x.size(1));
+  p.eps = float(eps);
+  Tensor mean = empty(x, {p.rows}, ScalarType::Float), rstd = empty(x, {p.rows}, ScalarType::Float);
+  p.mean = static_cast<float*>(mean.data_ptr());
+  p.rstd = static_cast<float*>(rstd.data_ptr());
+  check_launch("row_stats", launch_layernorm_fwd(p, device.stream()));
+  return {mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> fold_norm(Tensor weight, MaybeTensor norm_weight, MaybeTensor norm_bias,
+                                             MaybeTensor bias) {
+  const Checks checks("fold_norm", "weight", weight);
+  FoldNorm p{};
+  p.weight = checks.matrix("weight", weight);
+  p.rows = weight.size(0);
+  p.cols = weight.size(1);
+  p.norm_weight = checks.vector("norm_weight", norm_weight, p.cols, p.weight.dtype, "weight");
+  p.norm_bias = checks.vector("norm_bias", norm_bias, p.cols, p.weight.dtype, "weight");
+  p.bias = checks.vector("bias", bias, p.rows, p.weight.dtype, "weight");
+  const OnDevice device(weight);
+  Tensor folded = empty(weight, {p.rows, p.cols}, weight.scalar_type());
+  Tensor sums = empty(weight, {p.rows}, ScalarType::Float), shift = empty(weight, {p.rows}, ScalarType::Float);
+  p.folded = matrix_of(checks, "folded", folded);
+  p.sums = static_cast<float*>(sums.data_ptr());
+  p.shift = static_cast<float*>(shift.data_ptr());
+  check_launch("fold_norm", launch_fold_norm(p, device.stream()));
+  return {folded, sums, shift};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd,
@@ -113,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_bwd(Tensor dy, Tensor x, Te
   sum.out[1] = {dbias.data_ptr(), kind};
   sum.groups = p.groups;
   sum.vectors = 2;
-  sum.cols = cols;
+  sum.cols = sum.stride = cols;
   check_launch("layernorm_bwd", launch_sum_partials(sum, device.stream()));
   return {dx, dweight, dbias, y};
 }
@@ -241,6 +248,8 @@ STABLE_TORCH_LIBRARY(fastvit_cuda, m) {
   m.def(
       "layernorm_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? dresidual,"
       " bool want_params, bool want_y) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("row_stats(Tensor x, float eps) -> (Tensor, Tensor)");
+  m.def("fold_norm(Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? bias) -> (Tensor, Tensor, Tensor)");
   m.def("act_fwd(Tensor h, Tensor(a!) a, str act) -> ()");
   m.def("act_bwd(Tensor(a!) da, Tensor h, Tensor(b!)? a, str act, ScalarType? sums) -> Tensor");
   m.def(
@@ -258,6 +267,8 @@ STABLE_TORCH_LIBRARY(fastvit_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CUDA, m) {
   m.impl("layernorm_fwd", TORCH_BOX(&fastvit::layernorm_fwd));
   m.impl("layernorm_bwd", TORCH_BOX(&fastvit::layernorm_bwd));
+  m.impl("row_stats", TORCH_BOX(&fastvit::row_stats));
+  m.impl("fold_norm", TORCH_BOX(&fastvit::fold_norm));
   m.impl("act_fwd", TORCH_BOX(&fastvit::act_fwd));
   m.impl("act_bwd", TORCH_BOX(&fastvit::act_bwd));
   m.impl("scale_residual_fwd", TORCH_BOX(&fastvit::scale_residual_fwd));

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kSumCols* kSumRows) sum_partials_kernel(SumPar
   float sum = 0.f;
   if (col < p.cols) {
     for (int group = threadIdx.y; group < p.groups; group += kSumRows) {
-      sum += p.partials[(int64_t(group) * p.vectors + vector) * p.cols + col];
+      sum += p.partials[(int64_t(group) * p.vectors + vector) * p.stride + col];
     }
   }
   shared[threadIdx.y][threadIdx.x] = sum;

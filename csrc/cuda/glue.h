@@ -1,0 +1,38 @@
+// What the ops' glue shares: fresh tensors, the activation's name, the second stage of column sums.
+#pragma once
+
+#include "cuda/checks.h"
+
+namespace fastvit {
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+}
+
+inline Tensor nothing(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }
+
+inline Matrix matrix_of(const Checks& checks, const char* name, const Tensor& t) { return checks.matrix(name, t); }
+
+inline Activation activation(const Checks& checks, const std::string& act) {
+  if (act == "gelu") return Activation::kGelu;
+  if (act == "gelu_tanh") return Activation::kGeluTanh;
+  if (act != "quick_gelu") checks.fail("act is '" + act + "', expected 'gelu', 'gelu_tanh' or 'quick_gelu'");
+  return Activation::kQuickGelu;
+}
+
+// The second stage of a pass that summed its columns; partial sums lie `stride` apart where that is not their number.
+inline Tensor finish_sums(const char* op, const Tensor& partials, const Pass& pass, ScalarType dtype, DType kind,
+                          const OnDevice& device, int64_t stride = 0) {
+  Tensor sums = empty(partials, {pass.cols}, dtype);
+  SumPartials p{};
+  p.partials = pass.partials;
+  p.out[0] = {sums.data_ptr(), kind};
+  p.groups = pass.groups;
+  p.vectors = 1;
+  p.cols = pass.cols;
+  p.stride = stride != 0 ? stride : pass.cols;
+  check_launch(op, launch_sum_partials(p, device.stream()));
+  return sums;
+}
+
+}  // namespace fastvit

@@ -1,0 +1,72 @@
+// The bridge between glue (ops.cpp) and Hopper's matrix products (*.cu): plain pointers, strides and a stream.
+//
+// Every product is x (M, K) times a weight, in one kernel with what follows it. 16-bit operands of one dtype, float32
+// sums. Matrices start at 16 bytes and have row strides of a multiple of 8 elements.
+#pragma once
+
+#include "layernorm_mlp.h"
+
+namespace fastvit::sm90 {
+
+// How a product is cut into tiles: "large", "ping_pong", "small" to fastvit/ops/_tiles.py, which chooses.
+enum class Tile : int { kLarge, kPingPong, kSmall };
+constexpr int kTiles = 3;
+constexpr int kTileRows[kTiles] = {128, 64, 64};
+constexpr int kTileCols[kTiles] = {256, 256, 64};
+
+// What is compiled: every tile costs build time, so float16 has no large one and the backward no small one.
+constexpr bool has_tile(DType dtype, Tile tile, bool backward) {
+  return dtype != DType::kFloat32 && !(dtype == DType::kFloat16 && tile == Tile::kLarge) &&
+         !(backward && tile == Tile::kSmall);
+}
+
+// y = act(h), h = rstd * (x weight^T - mean * sums) + bias
+struct LinearAct {
+  Matrix x;                  // (M, K)
+  Matrix weight;             // (N, K)
+  Vector bias;               // (N,)   optional, x's dtype or float32
+  Vector sums;               // (N,)   optional, as bias
+  const float *mean, *rstd;  // (M,)   optional
+  Matrix h;                  // (M, N) optional
+  Matrix y;                  // (M, N)
+  Activation act;
+  int64_t rows, cols, depth;  // M, N, K
+  Tile tile;
+  int device;
+};
+template <DType DTYPE, Tile TILE>
+cudaError_t launch_linear_act(const LinearAct& p, cudaStream_t stream);
+
+// y = residual + row_scale * layer_scale * (x weight^T + bias)
+struct LinearResidual {
+  Matrix x;                // (M, K)
+  Matrix weight;           // (N, K)
+  Vector bias;             // (N,)   optional, x's dtype or float32
+  Vector layer_scale;      // (N,)   optional, x's dtype or float32
+  const float* row_scale;  // (M,)   optional
+  Matrix residual;         // (M, N)
+  Matrix y;                // (M, N)
+  int64_t rows, cols, depth;
+  Tile tile;
+  int device;
+};
+template <DType DTYPE, Tile TILE>
+cudaError_t launch_linear_residual(const LinearResidual& p, cudaStream_t stream);
+
+// dh = (dy weight) * act'(h), a = act(h), partials: each row tile's column sums of dh
+struct LinearActGrad {
+  Matrix dy;        // (M, K)
+  Matrix weight;    // (K, N)
+  Matrix h;         // (M, N)
+  Matrix a;         // (M, N) optional
+  Matrix dh;        // (M, N)
+  float* partials;  // (ceil(M / kTileRows), N rounded up to kTileCols) optional
+  Activation act;
+  int64_t rows, cols, depth;
+  Tile tile;
+  int device;
+};
+template <DType DTYPE, Tile TILE>
+cudaError_t launch_linear_act_grad(const LinearActGrad& p, cudaStream_t stream);
+
+}  // namespace fastvit::sm90

@@ -1,0 +1,137 @@
+// A persistent, warp-specialised product on TMA and wgmma, put together from CUTLASS's parts: tiles, main loop, launch.
+#pragma once
+
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
+
+#include "cuda/common.cuh"
+#include "cuda/sm90/gemm.h"
+#include "cuda/sm90/nodes.cuh"
+
+namespace fastvit::sm90 {
+
+using cute::_0;
+using cute::_1;
+using cute::Int;
+using cute::Shape;
+using RowMajor = cutlass::layout::RowMajor;
+using ColumnMajor = cutlass::layout::ColumnMajor;
+
+template <DType DTYPE>
+using ElementOf = std::conditional_t<DTYPE == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
+
+template <Tile TILE>
+struct TileTraits;
+// Two warpgroups share a tile: the most reuse of operands, the epilogue is not hidden.
+template <>
+struct TileTraits<Tile::kLarge> {
+  using Cluster = Shape<cute::_2, _1, _1>;
+  using MainSchedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+  using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
+};
+// Two warpgroups with a tile each: one multiplies while the other is in its epilogue.
+template <>
+struct TileTraits<Tile::kPingPong> {
+  using Cluster = Shape<cute::_2, _1, _1>;
+  using MainSchedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+  using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
+};
+// Few rows: more tiles to spread over the multiprocessors.
+template <>
+struct TileTraits<Tile::kSmall> : TileTraits<Tile::kPingPong> {
+  using Cluster = Shape<_1, _1, _1>;
+};
+
+template <Tile TILE>
+using TileShape = Shape<Int<kTileRows[int(TILE)]>, Int<kTileCols[int(TILE)]>, Int<64>>;
+
+// What nodes ask of the epilogue they are in. `Source` is the residual's type, or void.
+template <typename Element, Tile TILE, typename Source>
+struct EpilogueParts {
+  using Traits = TileTraits<TILE>;
+  using Shape = TileShape<TILE>;
+  using Schedule = typename Traits::EpilogueSchedule;
+  using Descriptor =
+      cutlass::epilogue::collective::detail::EpilogueDescriptor<Shape, cutlass::epilogue::collective::EpilogueTileAuto,
+                                                                Source, Element, Schedule>;
+  using StoreDescriptor = cutlass::epilogue::collective::detail::AuxStoreDescriptor<Descriptor, RowMajor, Element>;
+  using LoadDescriptor = cutlass::epilogue::collective::detail::AuxLoadDescriptor<Descriptor, RowMajor, Element>;
+  static constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
+  static constexpr int kAlignment = 128 / cutlass::sizeof_bits_v<Element>;
+
+  using Store = fusion::Sm90AuxStore<StoreDescriptor::Stages, typename Descriptor::EpilogueTile, Element, kRound,
+                                     typename StoreDescriptor::Stride, typename StoreDescriptor::SmemLayoutAtom,
+                                     typename StoreDescriptor::CopyOpR2S>;
+  using Load = fusion::Sm90AuxLoad<LoadDescriptor::Stages, typename Descriptor::EpilogueTile, Element,
+                                   typename LoadDescriptor::Stride, typename LoadDescriptor::SmemLayoutAtom,
+                                   typename LoadDescriptor::CopyOpS2R>;
+  using Row = RowVector<Shape, Element>;
+  using Column = fusion::Sm90ColBroadcast<0, Shape, float>;
+  template <template <class> class Fn, typename Out = float>
+  using Compute = fusion::Sm90Compute<Fn, Out, float, kRound>;
+};
+
+template <typename Element, Tile TILE, typename WeightLayout, typename Tree, typename Source = void>
+struct Product {
+  using Traits = TileTraits<TILE>;
+  using Shape = TileShape<TILE>;
+  static constexpr int kAlignment = 128 / cutlass::sizeof_bits_v<Element>;
+
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Shape, typename Traits::Cluster,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, Source, RowMajor, kAlignment, Element, RowMajor,
+      kAlignment, typename Traits::EpilogueSchedule, Tree>::CollectiveOp;
+  using MainLoop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, kAlignment, Element, WeightLayout,
+      kAlignment, float, Shape, typename Traits::Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<int(sizeof(typename Epilogue::SharedStorage))>,
+      typename Traits::MainSchedule>::CollectiveOp;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int>, MainLoop, Epilogue,
+                                                      cutlass::gemm::PersistentScheduler>;
+  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+  static_assert(sizeof(typename Kernel::SharedStorage) <= 227 * 1024, "more shared memory than a block has");
+};
+
+template <typename Element>
+Element* data(const Matrix& m) {
+  return static_cast<Element*>(m.data);
+}
+
+// A row-major matrix's stride as CUTLASS writes it.
+inline cute::Stride<int64_t, _1, int64_t> row_stride(const Matrix& m) { return {m.stride, _1{}, 0}; }
+
+inline cudaError_t outcome(cutlass::Status status) {
+  const cudaError_t error = cudaGetLastError();
+  if (status == cutlass::Status::kSuccess || error != cudaSuccess) return error;
+  return status == cutlass::Status::kErrorInvalidProblem || status == cutlass::Status::kErrorMisalignedOperand
+             ? cudaErrorInvalidValue
+             : cudaErrorLaunchFailure;
+}
+
+// `Params` is one of gemm.h's; `weight` holds B, which CUTLASS strides as (N, K).
+template <typename Product, typename Element, typename Params, typename EpilogueArguments>
+cudaError_t launch(const Params& p, const Matrix& x, EpilogueArguments const& epilogue, cudaStream_t stream) {
+  using Gemm = typename Product::Gemm;
+  using StrideB = typename Product::Kernel::StrideB;
+  StrideB stride{};
+  if constexpr (cute::is_same_v<cute::remove_cvref_t<decltype(cute::get<0>(stride))>, int64_t>) {
+    cute::get<0>(stride) = p.weight.stride;
+  } else {
+    cute::get<1>(stride) = p.weight.stride;
+  }
+  typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
+                                     {int(p.rows), int(p.cols), int(p.depth)},
+                                     {data<Element>(x), row_stride(x), data<Element>(p.weight), stride},
+                                     epilogue,
+                                     {p.device, multiprocessors(p.device)}};
+  Gemm gemm;
+  cutlass::Status status = Gemm::can_implement(arguments);
+  if (status == cutlass::Status::kSuccess) status = gemm.initialize(arguments, nullptr, stream);
+  if (status == cutlass::Status::kSuccess) status = gemm.run(stream);
+  return outcome(status);
+}
+
+}  // namespace fastvit::sm90

@@ -1,0 +1,32 @@
+// y = act(h), h = rstd * (x W^T - mean * sums) + bias, stored on request: fc1 with its activation, or qkv.
+#pragma once
+
+#include "cuda/sm90/kernel.cuh"
+
+namespace fastvit::sm90 {
+
+template <typename Element, Tile TILE>
+struct LinearActTraits {
+  using Parts = EpilogueParts<Element, TILE, void>;
+  using Linear = fusion::Sm90EVT<typename Parts::template Compute<Unfold>, fusion::Sm90AccFetch, typename Parts::Column,
+                                 typename Parts::Column, typename Parts::Row, typename Parts::Row>;
+  using Tree = fusion::Sm90EVT<typename Parts::template Compute<Activate, Element>,
+                               fusion::Sm90EVT<typename Parts::Store, Linear>>;
+  using Product = sm90::Product<Element, TILE, ColumnMajor, Tree>;
+};
+
+template <DType DTYPE, Tile TILE>
+cudaError_t launch_linear_act(const LinearAct& p, cudaStream_t stream) {
+  using Element = ElementOf<DTYPE>;
+  using Product = typename LinearActTraits<Element, TILE>::Product;
+  typename Product::Epilogue::Arguments epilogue{
+      {{{{}, {p.mean, 0.f}, {p.rstd, 1.f}, {p.sums, 0.f}, {p.bias, 0.f}, {}}, {data<Element>(p.h), row_stride(p.h)}},
+       {p.act}},
+      nullptr,
+      {},
+      data<Element>(p.y),
+      row_stride(p.y)};
+  return launch<Product, Element>(p, p.x, epilogue, stream);
+}
+
+}  // namespace fastvit::sm90

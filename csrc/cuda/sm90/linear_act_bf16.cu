@@ -1,0 +1,10 @@
+// One file an op, and one for float16: they compile side by side.
+#include "cuda/sm90/linear_act.cuh"
+
+namespace fastvit::sm90 {
+
+template cudaError_t launch_linear_act<DType::kBFloat16, Tile::kLarge>(const LinearAct&, cudaStream_t);
+template cudaError_t launch_linear_act<DType::kBFloat16, Tile::kPingPong>(const LinearAct&, cudaStream_t);
+template cudaError_t launch_linear_act<DType::kBFloat16, Tile::kSmall>(const LinearAct&, cudaStream_t);
+
+}  // namespace fastvit::sm90

@@ -1,0 +1,34 @@
+// dh = (dy W) * act'(h) with its column sums, and a = act(h) for the weight gradient: fc2's and the activation's
+// backward.
+#pragma once
+
+#include "cuda/sm90/kernel.cuh"
+
+namespace fastvit::sm90 {
+
+template <typename Element, Tile TILE>
+struct LinearActGradTraits {
+  using Parts = EpilogueParts<Element, TILE, void>;
+  // Rows and columns past the end are zeros in every operand, so they need no test before they are added.
+  using ColumnSums = fusion::Sm90RowReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, TileShape<TILE>, float,
+                                              float, Parts::kRound, cute::Stride<_0, _1, _0>, 4, true, false, false>;
+  using Grads = fusion::Sm90EVT<ActivationGrad<typename Parts::Store>, fusion::Sm90AccFetch, typename Parts::Load>;
+  using Tree = fusion::Sm90EVT<ColumnSums, Grads>;
+  using Product = sm90::Product<Element, TILE, RowMajor, Tree>;
+};
+
+template <DType DTYPE, Tile TILE>
+cudaError_t launch_linear_act_grad(const LinearActGrad& p, cudaStream_t stream) {
+  using Element = ElementOf<DTYPE>;
+  using Product = typename LinearActGradTraits<Element, TILE>::Product;
+  typename Product::Epilogue::Arguments epilogue{
+      {{{}, {data<Element>(p.h), Element(0), row_stride(p.h)}, {{data<Element>(p.a), row_stride(p.a)}, p.act}},
+       {p.partials}},
+      nullptr,
+      {},
+      data<Element>(p.dh),
+      row_stride(p.dh)};
+  return launch<Product, Element>(p, p.dy, epilogue, stream);
+}
+
+}  // namespace fastvit::sm90

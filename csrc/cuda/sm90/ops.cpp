@@ -1,0 +1,159 @@
+// Glue: the products of sm90/*.cu as torch.ops.fastvit_cuda.linear_*, beside the passes of layernorm_mlp.cpp.
+// fastvit/ops/_sm90.py calls them for what they take; what they are given beyond that is an error here.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "cuda/glue.h"
+#include "cuda/sm90/gemm.h"
+
+namespace fastvit::sm90 {
+namespace {
+
+Tile tile_of(const Checks& checks, const std::string& name, DType dtype, bool backward) {
+  constexpr const char* kNames[kTiles] = {"large", "ping_pong", "small"};
+  for (int i = 0; i < kTiles; ++i) {
+    if (name != kNames[i]) continue;
+    checks.expect(has_tile(dtype, Tile(i), backward), "tile '" + name + "' is not compiled for this dtype and op");
+    return Tile(i);
+  }
+  checks.fail("tile is '" + name + "', expected 'large', 'ping_pong' or 'small'");
+}
+
+// A matrix that TMA can read or write.
+Matrix tma(const Checks& checks, const char* name, const Matrix& m, int64_t cols, DType dtype) {
+  checks.expect(m.dtype != DType::kFloat32, std::string(name) + " is float32, expected 16 bits");
+  checks.same_dtype(name, m.dtype, "x", dtype);
+  checks.expect(cols % 8 == 0,
+                std::string(name) + " has " + std::to_string(cols) + " columns, expected a multiple of 8");
+  checks.expect(reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride % 8 == 0,
+                std::string(name) + " is misaligned, expected rows that start at multiples of 16 bytes");
+  return m;
+}
+
+// Calls f<DTYPE, TILE>() for the pair at hand.
+template <bool BACKWARD, DType DTYPE, typename F>
+cudaError_t with_tile_of(Tile tile, F&& f) {
+  if (tile == Tile::kPingPong) return f.template operator()<DTYPE, Tile::kPingPong>();
+  if constexpr (has_tile(DTYPE, Tile::kLarge, BACKWARD)) {
+    if (tile == Tile::kLarge) return f.template operator()<DTYPE, Tile::kLarge>();
+  }
+  if constexpr (has_tile(DTYPE, Tile::kSmall, BACKWARD)) {
+    if (tile == Tile::kSmall) return f.template operator()<DTYPE, Tile::kSmall>();
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <bool BACKWARD, typename F>
+cudaError_t with_tile(DType dtype, Tile tile, F&& f) {
+  return dtype == DType::kBFloat16 ? with_tile_of<BACKWARD, DType::kBFloat16>(tile, f)
+                                   : with_tile_of<BACKWARD, DType::kFloat16>(tile, f);
+}
+
+std::tuple<Tensor, Tensor> linear_act(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor mean, MaybeTensor rstd,
+                                      MaybeTensor sums, std::string act, bool save, std::string tile) {
+  const Checks checks("linear_act", "x", x);
+  LinearAct p{};
+  p.x = checks.matrix("x", x);
+  p.rows = x.size(0), p.depth = x.size(1), p.cols = weight.dim() == 2 ? weight.size(0) : 0;
+  p.x = tma(checks, "x", p.x, p.depth, p.x.dtype);
+  p.weight = tma(checks, "weight", checks.matrix("weight", weight, p.cols, p.depth, "x"), p.depth, p.x.dtype);
+  p.bias = checks.vector("bias", bias, p.cols, p.x.dtype, "weight");
+  p.sums = checks.vector("sums", sums, p.cols, p.x.dtype, "weight");
+  p.mean = checks.floats("mean", mean, p.rows, "the rows of x");
+  p.rstd = checks.floats("rstd", rstd, p.rows, "the rows of x");
+  checks.expect(mean.has_value() == sums.has_value(), "one of mean and sums is missing, expected both or none");
+  p.act = act == "none" ? Activation::kNone : activation(checks, act);
+  p.tile = tile_of(checks, tile, p.x.dtype, false);
+  const OnDevice device(x);
+  p.device = x.get_device_index();
+  Tensor y = empty(x, {p.rows, p.cols}, x.scalar_type());
+  Tensor h = save ? empty(x, {p.rows, p.cols}, x.scalar_type()) : nothing(x);
+  p.y = tma(checks, "y", checks.matrix("y", y), p.cols, p.x.dtype);
+  if (save) p.h = checks.matrix("h", h);
+  if (p.rows == 0 || p.cols == 0) return {y, h};
+  check_launch("linear_act", with_tile<false>(p.x.dtype, p.tile, [&]<DType DTYPE, Tile TILE>() {
+                 return launch_linear_act<DTYPE, TILE>(p, device.stream());
+               }));
+  return {y, h};
+}
+
+Tensor linear_residual(Tensor x, Tensor weight, MaybeTensor bias, Tensor residual, MaybeTensor layer_scale,
+                       MaybeTensor row_scale, std::string tile) {
+  const Checks checks("linear_residual", "x", x);
+  LinearResidual p{};
+  p.x = checks.matrix("x", x);
+  p.rows = x.size(0), p.depth = x.size(1), p.cols = weight.dim() == 2 ? weight.size(0) : 0;
+  p.x = tma(checks, "x", p.x, p.depth, p.x.dtype);
+  p.weight = tma(checks, "weight", checks.matrix("weight", weight, p.cols, p.depth, "x"), p.depth, p.x.dtype);
+  p.residual = checks.matrix("residual", residual, p.rows, p.cols, "x and weight");
+  p.residual = tma(checks, "residual", p.residual, p.cols, p.x.dtype);
+  p.bias = checks.vector("bias", bias, p.cols, p.x.dtype, "weight");
+  p.layer_scale = checks.vector("layer_scale", layer_scale, p.cols, p.x.dtype, "weight");
+  p.row_scale = checks.floats("row_scale", row_scale, p.rows, "the rows of x");
+  p.tile = tile_of(checks, tile, p.x.dtype, false);
+  const OnDevice device(x);
+  p.device = x.get_device_index();
+  Tensor y = empty(x, {p.rows, p.cols}, x.scalar_type());
+  p.y = checks.matrix("y", y);
+  if (p.rows == 0 || p.cols == 0) return y;
+  check_launch("linear_residual", with_tile<false>(p.x.dtype, p.tile, [&]<DType DTYPE, Tile TILE>() {
+                 return launch_linear_residual<DTYPE, TILE>(p, device.stream());
+               }));
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_act_grad(Tensor dy, Tensor weight, Tensor h, std::string act, bool want_a,
+                                                   std::optional<ScalarType> sums, std::string tile) {
+  const Checks checks("linear_act_grad", "dy", dy);
+  LinearActGrad p{};
+  p.dy = checks.matrix("dy", dy);
+  p.rows = dy.size(0), p.depth = dy.size(1), p.cols = weight.dim() == 2 ? weight.size(1) : 0;
+  p.dy = tma(checks, "dy", p.dy, p.depth, p.dy.dtype);
+  p.weight = tma(checks, "weight", checks.matrix("weight", weight, p.depth, p.cols, "dy"), p.cols, p.dy.dtype);
+  p.h = tma(checks, "h", checks.matrix("h", h, p.rows, p.cols, "dy and weight"), p.cols, p.dy.dtype);
+  p.act = activation(checks, act);
+  p.tile = tile_of(checks, tile, p.dy.dtype, true);
+  const DType kind = sums ? checks.dtype("sums", *sums) : DType::kFloat32;
+  const OnDevice device(dy);
+  p.device = dy.get_device_index();
+  Tensor dh = empty(dy, {p.rows, p.cols}, dy.scalar_type());
+  Tensor a = want_a ? empty(dy, {p.rows, p.cols}, dy.scalar_type()) : nothing(dy);
+  p.dh = checks.matrix("dh", dh);
+  if (want_a) p.a = checks.matrix("a", a);
+  const int64_t tile_rows = kTileRows[int(p.tile)], tile_cols = kTileCols[int(p.tile)];
+  const Pass pass{p.rows, p.cols, int((p.rows + tile_rows - 1) / tile_rows), nullptr};
+  const int64_t stride = (p.cols + tile_cols - 1) / tile_cols * tile_cols;
+  Tensor partials = sums ? empty(dy, {pass.groups, stride}, ScalarType::Float) : nothing(dy);
+  if (sums) p.partials = static_cast<float*>(partials.data_ptr());
+  if (p.rows > 0 && p.cols > 0) {
+    check_launch("linear_act_grad", with_tile<true>(p.dy.dtype, p.tile, [&]<DType DTYPE, Tile TILE>() {
+                   return launch_linear_act_grad<DTYPE, TILE>(p, device.stream());
+                 }));
+  }
+  if (!sums) return {dh, a, nothing(dy)};
+  Pass summed = pass;
+  summed.partials = p.partials;
+  return {dh, a, finish_sums("linear_act_grad", partials, summed, *sums, kind, device, stride)};
+}
+
+}  // namespace
+}  // namespace fastvit::sm90
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastvit_cuda, m) {
+  m.def(
+      "linear_act(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? rstd, Tensor? sums, str act, bool save,"
+      " str tile) -> (Tensor, Tensor)");
+  m.def(
+      "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, Tensor? row_scale,"
+      " str tile) -> Tensor");
+  m.def(
+      "linear_act_grad(Tensor dy, Tensor weight, Tensor h, str act, bool want_a, ScalarType? sums, str tile)"
+      " -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CUDA, m) {
+  m.impl("linear_act", TORCH_BOX(&fastvit::sm90::linear_act));
+  m.impl("linear_residual", TORCH_BOX(&fastvit::sm90::linear_residual));
+  m.impl("linear_act_grad", TORCH_BOX(&fastvit::sm90::linear_act_grad));
+}
