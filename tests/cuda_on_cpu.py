@@ -18,6 +18,8 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "fastvit_cuda_on_cpu"
+# The glue of Hopper's products, and loops that stand in for the products themselves
+SM90 = [ROOT / "csrc" / "cuda" / "sm90" / "ops.cpp", ROOT / "tests" / "sm90_on_cpu.cpp"]
 MULTIPROCESSORS = 2
 
 RUNTIME = f"""
@@ -70,9 +72,9 @@ def library():
 
 
 def _build(work: Path) -> None:
-    (work / "cuda").mkdir()
+    (work / "cuda" / "sm90").mkdir(parents=True)
     (work / "runtime.cpp").write_text(RUNTIME)
-    for path in sorted(path for path in (ROOT / "csrc" / "cuda").iterdir() if path.is_file()):
+    for path in [*(path for path in (ROOT / "csrc" / "cuda").iterdir() if path.is_file()), *SM90]:
         name = f"{path.name}.cpp" if path.suffix == ".cu" else path.name
         (work / "cuda" / name).write_text(translate(path.read_text()))
     includes = [f"-I{work}", f"-I{ROOT / 'csrc'}", *(f"-I{path}" for path in include_paths())]
@@ -82,7 +84,7 @@ def _build(work: Path) -> None:
     objects = []
     for source in [work / "runtime.cpp", *sorted((work / "cuda").glob("*.cpp"))]:
         objects.append(str(work / f"{source.name}.o"))
-        flags = [] if source.name in ("runtime.cpp", "layernorm_mlp.cpp") else [f"-Xcompiler={host}"]
+        flags = [] if source.name in ("runtime.cpp", "layernorm_mlp.cpp", "ops.cpp") else [f"-Xcompiler={host}"]
         _run([*base, "-Xcompiler=-fPIC", *flags, "-c", str(source), "-o", objects[-1]])
     libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
     _run(["c++", "-shared", "-Wl,-Bsymbolic", *objects, *libraries, "-o", str(work / "library.so")])

@@ -34,6 +34,40 @@ def layernorm_fwd(x, weight, bias, eps, dtype):
     return (y if bias is None else y + bias).to(dtype), mean, rstd
 
 
+def row_stats(x, eps):
+    return layernorm_fwd(x, None, None, eps, x.dtype)[1:]
+
+
+def fold_norm(weight, norm_weight, norm_bias, bias):
+    wf = wide(weight)
+    folded = (wf if norm_weight is None else wf * norm_weight).to(weight.dtype)
+    shift = wf.new_zeros(wf.shape[0]) if norm_bias is None else wf @ wide(norm_bias)
+    return folded, wide(folded).sum(1), shift if bias is None else shift + bias
+
+
+def linear_act(x, weight, bias, mean, rstd, sums, act, save, tile):
+    h = wide(x) @ wide(weight).t()
+    h = h if sums is None else h - mean[:, None] * sums
+    h = h if rstd is None else h * rstd[:, None]
+    h = h if bias is None else h + bias
+    y = h if act == "none" else h * gate(h, act)[0]
+    return y.to(x.dtype), h.to(x.dtype) if save else x.new_empty(0)
+
+
+def linear_residual(x, weight, bias, residual, layer_scale, row_scale, tile):
+    branch = wide(x) @ wide(weight).t()
+    branch = branch if bias is None else branch + bias
+    branch = branch if layer_scale is None else branch * layer_scale
+    return (residual + (branch if row_scale is None else branch * row_scale[:, None])).to(x.dtype)
+
+
+def linear_act_grad(dy, weight, h, act, want_a, sums, tile):
+    value, slope = gate(wide(h), act)
+    dh = (wide(dy) @ wide(weight)) * (value + wide(h) * slope)
+    a = (wide(h) * value).to(h.dtype) if want_a else h.new_empty(0)
+    return dh.to(h.dtype), a, h.new_empty(0) if sums is None else dh.sum(0).to(sums)
+
+
 def layernorm_bwd(dy, x, mean, rstd, weight, bias, dresidual, want_params, want_y):
     dyf, xf = wide(dy, x)
     xhat = (xf - mean[:, None]) * rstd[:, None]
@@ -95,6 +129,8 @@ def layer_scale_bwd(g, weight, bias, sums, layer_scale):
 
 PASSES = (
     layernorm_fwd,
+    row_stats,
+    fold_norm,
     layernorm_bwd,
     act_fwd,
     act_bwd,
@@ -103,3 +139,4 @@ PASSES = (
     column_sum,
     layer_scale_bwd,
 )
+PRODUCTS = (linear_act, linear_residual, linear_act_grad)

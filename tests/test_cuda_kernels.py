@@ -1,11 +1,11 @@
-"""Every pass of csrc/cuda against float64: on a GPU where there is one, and as fibers on the CPU (cuda_on_cpu.py)."""
+"""Every pass of csrc/cuda against float64: if torch.cuda.is_available(), and as fibers on the CPU (cuda_device.py)."""
 
-import cuda_on_cpu
 import cuda_passes
 import pytest
 import torch
+from cuda_device import DEVICES, Device, prove
 
-from fastvit import _extension, reference, testing
+from fastvit import reference, testing
 from fastvit.ops import _cuda
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -13,60 +13,11 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 PAIRS = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
 WIDTHS = [33, 192, 768, 1280, 4304]
 BATCHES = [(0, 5), (1, 1), (3, 17)]  # samples, tokens
-HAS_GPU = torch.cuda.is_available() and not _extension.why_not_cuda()
 
 
-class Device:
-    """Where the kernels run, and random tensors there."""
-
-    def __init__(self, name):
-        self.name = name
-        self.ops = torch.ops.fastvit_cuda if name == "cuda" else cuda_on_cpu.library()
-        self.generator = torch.Generator().manual_seed(0)
-
-    def draw(self, *size, dtype=F32, scale=1.0, shift=0.0, slices=False):
-        values = torch.randn(*size, generator=self.generator) * scale + shift
-        values = values.to(self.name, dtype)
-        return testing.sliced(values) if slices else values
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="no GPU, or the CUDA library is not built")),
-        pytest.param("cpu", marks=pytest.mark.skipif(bool(cuda_on_cpu.why_not()), reason=cuda_on_cpu.why_not())),
-    ]
-)
+@pytest.fixture(params=DEVICES)
 def device(request):
     return Device(request.param)
-
-
-def prove(device, name, *arguments, mutated=()):
-    """Run the pass and its meaning; compare all results, those in ``mutated`` arguments too. Returns the results."""
-
-    def run(function, dtype=None):
-        def convert(value):
-            if isinstance(value, torch.dtype):
-                return dtype or value
-            return value.to(dtype or value.dtype, copy=True) if isinstance(value, torch.Tensor) else value
-
-        given = [convert(value) for value in arguments] if function is not ours else list(arguments)
-        results = function(*given)
-        results = () if results is None else results if isinstance(results, tuple) else (results,)
-        return [*results, *(given[i] for i in mutated)]
-
-    ours = getattr(device.ops, name)
-    meaning = getattr(cuda_passes, name)
-    exact, eager = run(meaning, torch.float64), run(meaning)
-    results = run(ours)
-    for i, (got, stock, wanted) in enumerate(zip(results, eager, exact, strict=True)):
-        assert got.shape == stock.shape, f"{name} result {i}"
-        assert got.dtype == stock.dtype or not got.numel(), f"{name} result {i}"
-        if got.numel() >= 64:
-            testing.assert_as_accurate(got, stock, wanted, f"{name} result {i}")
-        elif got.numel():  # too few numbers for their errors to have a size
-            bound = 2 * (stock.double() - wanted).abs().max() + 4 * torch.finfo(got.dtype).eps * wanted.abs().max()
-            assert (got.double() - wanted).abs().max() <= bound, f"{name} result {i}"
-    return results
 
 
 def rows_for(device, width):
@@ -219,7 +170,7 @@ def test_sliced_rows(device, width, dtype):
     weight, bias = device.draw(width, dtype=dtype), device.draw(width, dtype=dtype)
     _, mean, rstd = prove(device, "layernorm_fwd", x, weight, bias, 1e-6, dtype)
     prove(device, "layernorm_bwd", dy, x, mean, rstd, weight, bias, dresidual, True, True)
-    prove(device, "act_bwd", part(rows, width), x, part(rows, width), "gelu", F32, mutated=[0, 2])
+    prove(device, "act_bwd", part(rows, width), x, part(rows, width), "gelu", dtype, mutated=[0, 2])
     prove(device, "scale_residual_fwd", x, dresidual, weight, None, dtype)
     prove(device, "scale", x, None, weight, dtype, F32)
     prove(device, "column_sum", x[:, 1:], dtype)

@@ -1,7 +1,9 @@
-"""LayerNorm, MLP and projection on a GPU: cuBLAS products, and CUDA passes for everything between them.
+"""LayerNorm, MLP and projection on a GPU: matrix products, and CUDA passes for everything between them.
 
-The same six functions as ``fastvit._C``. ``ops`` are the passes of csrc/cuda, each one trip over memory; the products
-are PyTorch's, with the bias in cuBLAS's epilogue. What the passes sum (statistics, bias gradients) they sum in float32.
+The same six functions as ``fastvit._C``. ``ops`` are the passes of csrc/cuda, each one trip over memory. On Hopper the
+products are csrc/cuda/sm90's with bias, activation, LayerScale and residual in their epilogues; elsewhere, and for what
+those do not take (``_sm90.why_not``), PyTorch's with the bias in cuBLAS's epilogue and a pass for the rest. What
+products and passes sum (statistics, bias gradients) they sum in float32.
 
 A backward keeps ``x``, its row statistics and fc1's result: LayerNorm's and the activation's results are written once
 more by the backward pass that reads their inputs anyway, just before the weight gradients need them.
@@ -12,6 +14,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import _sm90
 
 ops = torch.ops.fastvit_cuda
 
@@ -26,8 +30,8 @@ def layernorm_linear_fwd(
     cache: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``out (..., O)`` in weight's dtype; ``mean, rstd (M,)``."""
-    y, mean, rstd = ops.layernorm_fwd(_rows(x), *_norm(norm_weight, norm_bias, weight), eps, weight.dtype)
-    return F.linear(y, weight, bias).view(*x.shape[:-1], weight.shape[0]), mean, rstd
+    out, _, mean, rstd = _norm_linear_act(_rows(x), norm_weight, norm_bias, weight, bias, eps, "none", False)
+    return out.view(*x.shape[:-1], weight.shape[0]), mean, rstd
 
 
 def layernorm_linear_bwd(
@@ -96,14 +100,10 @@ def layernorm_mlp_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``out (..., E)`` in x's dtype; ``mean, rstd (M,)``; ``h (M, F)``, fc1's result, empty without ``save``."""
     rows = _rows(x)
-    y, mean, rstd = ops.layernorm_fwd(rows, *_norm(norm_weight, norm_bias, fc1_weight), eps, fc1_weight.dtype)
-    h = F.linear(y, fc1_weight, fc1_bias)
-    del y
-    a = torch.empty_like(h) if save else h
-    ops.act_fwd(h, a, act)
+    a, h, mean, rstd = _norm_linear_act(rows, norm_weight, norm_bias, fc1_weight, fc1_bias, eps, act, save)
     to = rows if residual else None
     out = _linear_residual(a, fc2_weight, fc2_bias, to, layer_scale, row_scale, x.dtype)
-    return out.view(x.shape), mean, rstd, h if save else h.new_empty(0)
+    return out.view(x.shape), mean, rstd, h
 
 
 def layernorm_mlp_bwd(
@@ -127,12 +127,12 @@ def layernorm_mlp_bwd(
     dout = _rows(dout)
     wants_fc1, wants_a = any(mask[:5]), mask[5] or mask[7]
     dbranch, sums = _branch_grad(dout, fc2_weight, layer_scale, row_scale, mask[6] or mask[7])
-    a = torch.empty_like(h) if wants_a else None
-    dh = dfc1_bias = None
+    a = dh = dfc1_bias = None
     if wants_fc1:
-        dh = _input_grad(dbranch, fc2_weight, layer_scale)
-        dfc1_bias = ops.act_bwd(dh, h, a, act, fc1_weight.dtype if mask[4] else None)
-    elif a is not None:
+        sums_dtype = fc1_weight.dtype if mask[4] else None
+        dh, a, dfc1_bias = _act_grad(*_scaled(dbranch, fc2_weight, layer_scale), h, act, wants_a, sums_dtype)
+    elif wants_a:
+        a = torch.empty_like(h)
         ops.act_fwd(h, a, act)
     branch_grads = _weight_grads(dbranch, sums, a, fc2_weight, fc2_bias, layer_scale, mask[5:])
     del a
@@ -141,6 +141,52 @@ def layernorm_mlp_bwd(
         norm = (x, mean, rstd, norm_weight, norm_bias)
         norm_grads = _norm_linear_grads(dh, *norm, fc1_weight, dout if residual else None, mask[:4])
     return _given(x, (*norm_grads, dfc1_bias if mask[4] else None, *branch_grads))
+
+
+def _norm_linear_act(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    act: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``act(h), h, mean, rstd`` with ``h = linear(layer_norm(x))``, (M, F), empty without ``save``."""
+    params = _norm(norm_weight, norm_bias, weight)
+    if _sm90.folds(x, weight) and not _sm90.why_not(ops, weight.shape[0], x=x, weight=weight):
+        mean, rstd = ops.row_stats(x, eps)
+        folded, sums, shift = ops.fold_norm(weight, *params, bias)
+        tile = _sm90.tile("linear_act", x, weight.shape[0])
+        return *ops.linear_act(x, folded, shift, mean, rstd, sums, act, save, tile), mean, rstd
+    y, mean, rstd = ops.layernorm_fwd(x, *params, eps, weight.dtype)
+    return *_linear_act(y, weight, bias, act, save), mean, rstd
+
+
+def _linear_act(y: Tensor, weight: Tensor, bias: Tensor | None, act: str, save: bool) -> tuple[Tensor, Tensor]:
+    if not _sm90.why_not(ops, weight.shape[0], y=y, weight=weight):
+        tile = _sm90.tile("linear_act", y, weight.shape[0])
+        return ops.linear_act(y, weight, bias, None, None, None, act, save, tile)
+    h = F.linear(y, weight, bias)
+    if act == "none":
+        return h, h if save else h.new_empty(0)
+    a = torch.empty_like(h) if save else h
+    ops.act_fwd(h, a, act)
+    return a, h if save else h.new_empty(0)
+
+
+def _act_grad(
+    dbranch: Tensor, weight: Tensor, h: Tensor, act: str, wants_a: bool, sums_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """``dh = (dbranch @ weight) * act'(h)``, ``act(h)`` once more, and the column sums of ``dh``."""
+    if not _sm90.why_not(ops, weight.shape[1], dbranch=dbranch, weight=weight, h=h):
+        tile = _sm90.tile("linear_act_grad", dbranch, weight.shape[1])
+        dh, a, sums = ops.linear_act_grad(dbranch, weight, h, act, wants_a, sums_dtype, tile)
+        return dh, a if wants_a else None, sums
+    dh = dbranch @ weight
+    again = torch.empty_like(h) if wants_a else None
+    return dh, again, ops.act_bwd(dh, h, again, act, sums_dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -180,13 +226,24 @@ def _linear_residual(
 ) -> Tensor:
     """``residual + row_scale * layer_scale * linear(x)``, (M, O) in ``dtype``."""
     x = x.to(weight.dtype)
+    cols = weight.shape[0]
+    if residual is not None and not _sm90.why_not(ops, cols, x=x, weight=weight, residual=residual):
+        factors = _readable(layer_scale, weight), _row_factors(row_scale, x.shape[0])
+        return ops.linear_residual(x, weight, bias, residual, *factors, _sm90.tile("linear_residual", x, cols))
     plain = layer_scale is None and row_scale is None
     if plain and residual is None:
-        return F.linear(x, weight, bias).to(dtype)
+        return _linear_act(x, weight, bias, "none", False)[0].to(dtype)
     if plain and residual is not None and bias is None and dtype == weight.dtype:
         return torch.addmm(residual, x, weight.t())  # the residual is cuBLAS's beta = 1 term
     scales = _readable(layer_scale, weight), _readable(row_scale, weight)
-    return ops.scale_residual_fwd(F.linear(x, weight, bias), residual, *scales, dtype)
+    return ops.scale_residual_fwd(_linear_act(x, weight, bias, "none", False)[0], residual, *scales, dtype)
+
+
+def _row_factors(row_scale: Tensor | None, rows: int) -> Tensor | None:
+    """One float32 factor a row from one a sample."""
+    if row_scale is None or row_scale.numel() == 0:
+        return None
+    return row_scale.float()[:, None].expand(-1, rows // row_scale.numel()).reshape(-1)
 
 
 def _branch_grad(
@@ -203,14 +260,20 @@ def _branch_grad(
 
 def _input_grad(dbranch: Tensor, weight: Tensor, layer_scale: Tensor | None) -> Tensor:
     """``(dbranch * layer_scale) @ weight``."""
+    scaled, weight = _scaled(dbranch, weight, layer_scale)
+    return scaled @ weight
+
+
+def _scaled(dbranch: Tensor, weight: Tensor, layer_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Two factors whose product is ``(dbranch * layer_scale) @ weight``."""
     if layer_scale is None:
-        return dbranch @ weight
+        return dbranch, weight
     scale = _readable(layer_scale, weight)
     if (
         weight.dtype == torch.float16
-    ):  # a small LayerScale times a weight can fall below float16; times dout as in eager
-        return ops.scale(dbranch, None, scale, weight.dtype, None)[0] @ weight
-    return dbranch @ ops.scale(weight, scale, None, weight.dtype, None)[0]
+    ):  # a small LayerScale times a weight can fall below float16, times dout as in eager
+        return ops.scale(dbranch, None, scale, weight.dtype, None)[0], weight
+    return dbranch, ops.scale(weight, scale, None, weight.dtype, None)[0]
 
 
 def _weight_grads(

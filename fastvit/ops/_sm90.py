@@ -1,0 +1,62 @@
+"""Which products Hopper's own kernels take, and why not; the others are cuBLAS's with the passes of csrc/cuda.
+
+``torch.ops.fastvit_cuda.linear_act``, ``linear_residual`` and ``linear_act_grad`` (csrc/cuda/sm90) multiply and do
+what follows in one kernel. They are compiled where setup.py found CUTLASS, and run on compute capability 9.0.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _tiles
+
+NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@cache
+def device_facts(index: int) -> tuple[tuple[int, int], int]:
+    """(compute capability, multiprocessors)"""
+    properties = torch.cuda.get_device_properties(index)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def why_not_device(ops: Any, x: Tensor) -> list[str]:
+    if not hasattr(ops, "linear_act"):
+        return ["Hopper's products are not in the CUDA library (built without CUTLASS or without 9.0a)"]
+    capability = device_facts(x.device.index or 0)[0]
+    if capability != (9, 0):
+        return [f"the device has compute capability {capability[0]}.{capability[1]}, Hopper's products need 9.0"]
+    return []
+
+
+def why_not(ops: Any, cols: int, **matrices: Tensor) -> list[str]:
+    """Reasons why no product with ``cols`` outputs takes these matrices; the first one decides the dtype."""
+    first_name, first = next(iter(matrices.items()))
+    reasons = why_not_device(ops, first)
+    if first.dtype not in NAMES:
+        reasons.append(f"{first_name} is {first.dtype}, Hopper's products take bfloat16 and float16")
+    if cols % 8:
+        reasons.append(f"the product has {cols} columns, Hopper's products take multiples of 8")
+    for name, matrix in matrices.items():
+        if matrix.dtype != first.dtype:
+            reasons.append(f"{name} is {matrix.dtype}, {first_name} is {first.dtype}: Hopper's products take one dtype")
+        elif matrix.shape[1] % 8:
+            reasons.append(f"{name} has {matrix.shape[1]} columns, Hopper's products take multiples of 8")
+        elif matrix.stride(1) != 1 or matrix.stride(0) % 8 or matrix.data_ptr() % 16:
+            reasons.append(f"{name}'s rows do not start at multiples of 16 bytes, as Hopper's products read them")
+    return reasons
+
+
+def tile(op: str, x: Tensor, cols: int) -> str:
+    """Name of the tile for ``x`` (rows, depth) times a weight with ``cols`` outputs."""
+    multiprocessors = device_facts(x.device.index or 0)[1]
+    return _tiles.choose(op, NAMES[x.dtype], x.shape[0], cols, x.shape[1], multiprocessors)
+
+
+def folds(x: Tensor, weight: Tensor) -> bool:
+    """Whether LayerNorm is folded into ``weight``, which ``x`` itself is multiplied with then."""
+    return x.dtype == weight.dtype and _tiles.is_folded(NAMES.get(weight.dtype, ""), *weight.shape)

@@ -1,0 +1,109 @@
+// What the products of csrc/cuda/sm90 compute, as plain loops: for cuda_on_cpu.py, which builds the real glue on them.
+// Sums, epilogues, rounding and partial sums as on the GPU; the activations are the kernels' own source.
+#include "cuda/activation.h"
+#include "cuda/common.cuh"
+#include "cuda/sm90/gemm.h"
+
+namespace fastvit::sm90 {
+
+template <DType DTYPE>
+using ElementOf = std::conditional_t<DTYPE == DType::kBFloat16, __nv_bfloat16, __half>;
+
+template <typename T>
+std::vector<float> wide(const Matrix& m, int64_t rows, int64_t cols) {
+  std::vector<float> out(rows * cols);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < cols; ++c) out[r * cols + c] = to_float(row_of<T>(m, r)[c]);
+  }
+  return out;
+}
+
+Gate gate_of(Activation act, float h) {
+  switch (act) {
+    case Activation::kGelu:
+      return gate<Activation::kGelu, true>(h);
+    case Activation::kGeluTanh:
+      return gate<Activation::kGeluTanh, true>(h);
+    case Activation::kQuickGelu:
+      return gate<Activation::kQuickGelu, true>(h);
+    default:
+      return {1.f, 0.f};
+  }
+}
+
+float dot(const float* a, const float* b, int64_t depth) {
+  float sum = 0.f;
+  for (int64_t k = 0; k < depth; ++k) sum += a[k] * b[k];
+  return sum;
+}
+
+template <DType DTYPE, Tile TILE>
+cudaError_t launch_linear_act(const LinearAct& p, cudaStream_t) {
+  using T = ElementOf<DTYPE>;
+  const auto x = wide<T>(p.x, p.rows, p.depth), weight = wide<T>(p.weight, p.cols, p.depth);
+  for (int64_t m = 0; m < p.rows; ++m) {
+    for (int64_t n = 0; n < p.cols; ++n) {
+      const float sum = dot(&x[m * p.depth], &weight[n * p.depth], p.depth);
+      const float mean = p.mean == nullptr ? 0.f : p.mean[m], rstd = p.rstd == nullptr ? 1.f : p.rstd[m];
+      const float h = std::fma(rstd, std::fma(-mean, param<T>(p.sums, n, 0.f), sum), param<T>(p.bias, n, 0.f));
+      const float y = p.act == Activation::kGelu ? activate<Activation::kGelu, true>(h) : h * gate_of(p.act, h).value;
+      if (p.h.data != nullptr) row_of<T>(p.h, m)[n] = from_float<T>(h);
+      row_of<T>(p.y, m)[n] = from_float<T>(y);
+    }
+  }
+  return cudaSuccess;
+}
+
+template <DType DTYPE, Tile TILE>
+cudaError_t launch_linear_residual(const LinearResidual& p, cudaStream_t) {
+  using T = ElementOf<DTYPE>;
+  const auto x = wide<T>(p.x, p.rows, p.depth), weight = wide<T>(p.weight, p.cols, p.depth);
+  for (int64_t m = 0; m < p.rows; ++m) {
+    const float row_scale = p.row_scale == nullptr ? 1.f : p.row_scale[m];
+    for (int64_t n = 0; n < p.cols; ++n) {
+      const float sum = dot(&x[m * p.depth], &weight[n * p.depth], p.depth) + param<T>(p.bias, n, 0.f);
+      const float scale = row_scale * param<T>(p.layer_scale, n, 1.f);
+      row_of<T>(p.y, m)[n] = from_float<T>(std::fma(scale, sum, to_float(row_of<T>(p.residual, m)[n])));
+    }
+  }
+  return cudaSuccess;
+}
+
+template <DType DTYPE, Tile TILE>
+cudaError_t launch_linear_act_grad(const LinearActGrad& p, cudaStream_t) {
+  using T = ElementOf<DTYPE>;
+  const int64_t tile_rows = kTileRows[int(TILE)], tile_cols = kTileCols[int(TILE)];
+  const int64_t stride = (p.cols + tile_cols - 1) / tile_cols * tile_cols;
+  const auto dy = wide<T>(p.dy, p.rows, p.depth), weight = wide<T>(p.weight, p.depth, p.cols);
+  for (int64_t m = 0; m < p.rows; ++m) {
+    float* partials = p.partials == nullptr ? nullptr : p.partials + m / tile_rows * stride;
+    if (partials != nullptr && m % tile_rows == 0) std::fill(partials, partials + stride, 0.f);
+    for (int64_t n = 0; n < p.cols; ++n) {
+      float da = 0.f;
+      for (int64_t k = 0; k < p.depth; ++k) da += dy[m * p.depth + k] * weight[k * p.cols + n];
+      const float h = to_float(row_of<T>(p.h, m)[n]);
+      const Gate g = gate_of(p.act, h);
+      const float dh = da * std::fma(h, g.slope, g.value);
+      row_of<T>(p.dh, m)[n] = from_float<T>(dh);
+      if (p.a.data != nullptr) row_of<T>(p.a, m)[n] = from_float<T>(h * g.value);
+      if (partials != nullptr) partials[n] += dh;
+    }
+  }
+  return cudaSuccess;
+}
+
+#define FASTVIT_TILE(DTYPE, TILE)                                                      \
+  template cudaError_t launch_linear_act<DTYPE, TILE>(const LinearAct&, cudaStream_t); \
+  template cudaError_t launch_linear_residual<DTYPE, TILE>(const LinearResidual&, cudaStream_t);
+#define FASTVIT_GRAD_TILE(DTYPE, TILE) \
+  template cudaError_t launch_linear_act_grad<DTYPE, TILE>(const LinearActGrad&, cudaStream_t);
+FASTVIT_TILE(DType::kBFloat16, Tile::kLarge)
+FASTVIT_TILE(DType::kBFloat16, Tile::kPingPong)
+FASTVIT_TILE(DType::kBFloat16, Tile::kSmall)
+FASTVIT_TILE(DType::kFloat16, Tile::kPingPong)
+FASTVIT_TILE(DType::kFloat16, Tile::kSmall)
+FASTVIT_GRAD_TILE(DType::kBFloat16, Tile::kLarge)
+FASTVIT_GRAD_TILE(DType::kBFloat16, Tile::kPingPong)
+FASTVIT_GRAD_TILE(DType::kFloat16, Tile::kPingPong)
+
+}  // namespace fastvit::sm90

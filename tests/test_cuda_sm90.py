@@ -1,0 +1,257 @@
+"""Hopper's products (csrc/cuda/sm90) against float64.
+
+Where torch.cuda.is_available() on compute capability 9.0 the kernels run; everywhere else the same glue runs on plain
+loops with the kernels' own epilogue arithmetic (sm90_on_cpu.cpp), which models their rounding.
+"""
+
+import re
+from pathlib import Path
+
+import cuda_passes
+import pytest
+import torch
+from cuda_device import DEVICES, Device, prove
+
+from fastvit import reference, testing
+from fastvit.ops import _tiles
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+ON_GPU = "the products run on a GPU of compute capability 9.0"
+TILES = [(BF16, "large"), (BF16, "ping_pong"), (BF16, "small"), (F16, "ping_pong"), (F16, "small")]
+GRAD_TILES = [case for case in TILES if case[1] != "small"]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    if request.param == "cuda" and not (IS_HOPPER and hasattr(torch.ops.fastvit_cuda, "linear_act")):
+        pytest.skip(ON_GPU)
+    return Device(request.param)
+
+
+@pytest.fixture
+def gpu():
+    if not (IS_HOPPER and hasattr(torch.ops.fastvit_cuda, "linear_act")):
+        pytest.skip(ON_GPU)
+    return Device("cuda")
+
+
+def shapes(device):
+    """(rows, cols, depth): ViT's own on a GPU, ragged against every tile in either place."""
+    small = [(0, 64, 64), (1, 72, 64), (65, 264, 48), (130, 80, 200)]
+    if device.name == "cpu":
+        return small
+    vit = [(197, 3072, 768), (197, 768, 3072), (394, 4304, 1152), (1025, 1152, 4304), (50432, 768, 768)]
+    return small + vit
+
+
+@pytest.mark.parametrize("act", ["none", *reference.ACTIVATIONS])
+@pytest.mark.parametrize(("dtype", "tile"), TILES)
+def test_linear_act(device, dtype, tile, act):
+    for rows, cols, depth in shapes(device):
+        x, weight = device.draw(rows, depth, dtype=dtype), device.draw(cols, depth, dtype=dtype, scale=depth**-0.5)
+        bias = device.draw(cols, dtype=dtype)
+        prove(device, "linear_act", x, weight, bias, None, None, None, act, True, tile)
+        prove(device, "linear_act", x, weight, bias.to(F32), None, None, None, act, False, tile)
+        prove(device, "linear_act", x, weight, None, None, None, None, act, True, tile)
+
+
+@pytest.mark.parametrize(("dtype", "tile"), TILES)
+def test_linear_residual(device, dtype, tile):
+    for rows, cols, depth in shapes(device):
+        x, weight = device.draw(rows, depth, dtype=dtype), device.draw(cols, depth, dtype=dtype, scale=depth**-0.5)
+        residual, bias = device.draw(rows, cols, dtype=dtype), device.draw(cols, dtype=dtype)
+        layer_scale, row_scale = device.draw(cols, dtype=dtype), device.draw(rows)
+        for scales in ((layer_scale, row_scale), (layer_scale.to(F32), None), (None, row_scale), (None, None)):
+            prove(device, "linear_residual", x, weight, bias, residual, *scales, tile)
+        prove(device, "linear_residual", x, weight, None, residual, None, None, tile)
+
+
+@pytest.mark.parametrize("act", reference.ACTIVATIONS)
+@pytest.mark.parametrize(("dtype", "tile"), GRAD_TILES)
+def test_linear_act_grad(device, dtype, tile, act):
+    for rows, cols, depth in shapes(device):
+        dy, weight = device.draw(rows, depth, dtype=dtype), device.draw(depth, cols, dtype=dtype, scale=depth**-0.5)
+        h = device.draw(rows, cols, dtype=dtype, scale=2.0)
+        prove(device, "linear_act_grad", dy, weight, h, act, True, dtype, tile)
+        prove(device, "linear_act_grad", dy, weight, h, act, False, None, tile)
+
+
+def test_rows_of_a_larger_buffer(device):
+    rows, cols, depth = 70, 72, 64
+
+    def part(*size):
+        return device.draw(*size, dtype=BF16, slices=True)
+
+    x, weight, residual = part(rows, depth), part(cols, depth), part(rows, cols)
+    prove(device, "linear_act", x, weight, None, None, None, None, "gelu", True, "ping_pong")
+    prove(device, "linear_residual", x, weight, None, residual, None, None, "large")
+    prove(device, "linear_act_grad", x, part(depth, cols), part(rows, cols), "gelu", True, BF16, "large")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("width", [33, 192, 768])
+def test_statistics_and_folding(device, width, dtype):
+    x, weight = device.draw(19, width, dtype=dtype, shift=0.5), device.draw(40, width, dtype=dtype)
+    norm_weight, norm_bias = device.draw(width, dtype=dtype), device.draw(width, dtype=F32)
+    bias = device.draw(40, dtype=dtype)
+    prove(device, "row_stats", x, 1e-6)
+    prove(device, "fold_norm", weight, norm_weight, norm_bias, bias)
+    prove(device, "fold_norm", weight, None, None, None)
+    _, mean, rstd = device.ops.layernorm_fwd(x, None, None, 1e-6, dtype)
+    for got, wanted in zip(device.ops.row_stats(x, 1e-6), (mean, rstd), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("shape", ["tiny", "base"])
+def test_folded_layernorm(device, shape, outliers, dtype):
+    """linear(layer_norm(x)) from x itself is as accurate as stock PyTorch, outlier channels or not."""
+    tokens, width, cols = 65, testing.VIT_SHAPES[shape].embed_dim, 96
+    x, norm_weight = device.draw(tokens, width, shift=0.2), device.draw(width, scale=0.1, shift=1.0)
+    if outliers:
+        x[:, ::97] *= 100
+        norm_weight[::97] *= 0.1
+    weight, norm_bias = device.draw(cols, width, scale=width**-0.5), device.draw(width, scale=0.1)
+    given = [t.to(dtype) for t in (x, norm_weight, norm_bias, weight, device.draw(cols, scale=0.1))]
+    x, norm_weight, norm_bias, weight, bias = given
+    mean, rstd = device.ops.row_stats(x, 1e-6)
+    folded, sums, shift = device.ops.fold_norm(weight, norm_weight, norm_bias, bias)
+    ours, _ = device.ops.linear_act(x, folded, shift, mean, rstd, sums, "none", False, "ping_pong")
+    exact = reference.layernorm_linear(*(t.double() for t in given), eps=1e-6)
+    testing.assert_as_accurate(ours, reference.layernorm_linear(*given, eps=1e-6), exact)
+
+
+def test_bias_gradient_of_outlier_channels(device):
+    """Partial sums of tiles, then their sum: float32 all the way, whatever the magnitude of a channel."""
+    rows, cols, depth = 333, 264, 64
+    dy, weight = device.draw(rows, depth, dtype=BF16), device.draw(depth, cols, dtype=BF16, scale=depth**-0.5)
+    weight[:, ::7] *= 100
+    h = device.draw(rows, cols, dtype=BF16)
+    *_, sums = device.ops.linear_act_grad(dy, weight, h, "gelu", False, F32, "ping_pong")
+    exact = cuda_passes.linear_act_grad(dy.double(), weight.double(), h.double(), "gelu", False, torch.float64, "")[2]
+    assert ((sums.double() - exact).abs() <= 1e-4 * exact.abs() + 1e-3 * weight.abs().amax(0)).all()
+
+
+def test_errors_name_tensor_rule_and_what_came(device):
+    ops, x, weight = device.ops, device.draw(8, 64, dtype=BF16), device.draw(16, 64, dtype=BF16)
+
+    def linear(x=x, weight=weight, bias=None, mean=None, act="gelu", tile="ping_pong"):
+        return ops.linear_act(x, weight, bias, mean, None, None, act, False, tile)
+
+    with pytest.raises(RuntimeError, match=r"linear_act: weight has shape \(16, 56\), expected \(16, 64\) like x"):
+        linear(weight=weight[:, :56])
+    with pytest.raises(RuntimeError, match="linear_act: x is float32, expected 16 bits"):
+        linear(x=x.float())
+    with pytest.raises(RuntimeError, match="linear_act: weight and x have two dtypes, expected one"):
+        linear(weight=weight.to(F16))
+    with pytest.raises(RuntimeError, match="x has 63 columns, expected a multiple of 8"):
+        linear(x=x[:, :63], weight=weight[:, :63])
+    with pytest.raises(RuntimeError, match="y has 15 columns, expected a multiple of 8"):
+        linear(weight=weight[:15])
+    with pytest.raises(RuntimeError, match="x is misaligned, expected rows that start at multiples of 16 bytes"):
+        linear(x=x[:, 1:57], weight=weight[:, :56])
+    with pytest.raises(RuntimeError, match="act is 'relu', expected 'gelu', 'gelu_tanh' or 'quick_gelu'"):
+        linear(act="relu")
+    with pytest.raises(RuntimeError, match="tile is 'huge', expected 'large', 'ping_pong' or 'small'"):
+        linear(tile="huge")
+    with pytest.raises(RuntimeError, match="tile 'large' is not compiled for this dtype and op"):
+        linear(x=x.to(F16), weight=weight.to(F16), tile="large")
+    with pytest.raises(RuntimeError, match="one of mean and sums is missing, expected both or none"):
+        linear(mean=device.draw(8))
+    with pytest.raises(RuntimeError, match=r"bias has shape \(8\), expected \(16\) like weight"):
+        linear(bias=device.draw(8))
+    with pytest.raises(RuntimeError, match=r"residual has shape \(8, 64\), expected \(8, 16\) like x and weight"):
+        ops.linear_residual(x, weight, None, x, None, None, "small")
+    with pytest.raises(RuntimeError, match=r"h has shape \(8, 64\), expected \(8, 16\) like dy and weight"):
+        ops.linear_act_grad(x, weight.t().contiguous(), x, "gelu", False, None, "large")
+
+
+@pytest.mark.parametrize("op", list(_tiles.TILES))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_rule_chooses_what_is_compiled(op, dtype):
+    for rows in (1, 64, 197, 1576, 50432, 1 << 30):
+        for cols, depth in ((768, 768), (3072, 768), (768, 3072), (8, 8)):
+            assert _tiles.choose(op, dtype, rows, cols, depth) in {tile.name for tile in _tiles.TILES[op][dtype]}
+
+
+def test_the_rule_follows_the_waves():
+    assert _tiles.choose("linear_act", "bfloat16", 197, 3072, 768) == "small"  # batch 1 must spread
+    assert _tiles.choose("linear_act", "bfloat16", 50432, 3072, 768) == "ping_pong"  # a short K: hide the epilogue
+    assert _tiles.choose("linear_residual", "bfloat16", 50432, 768, 3072) == "large"
+
+
+def test_a_timed_tile_goes_before_the_rule(monkeypatch):
+    key = ("linear_act", "bfloat16", 50432, 3072, 768)
+    monkeypatch.setitem(_tiles.TIMED, key, "large")
+    _tiles.choose.cache_clear()
+    assert _tiles.choose(*key) == "large"
+    _tiles.choose.cache_clear()
+
+
+def test_tiles_are_those_of_the_kernels():
+    header = (Path(__file__).parent.parent / "csrc" / "cuda" / "sm90" / "gemm.h").read_text()
+    for values, field in (("kTileRows", "rows"), ("kTileCols", "cols")):
+        sizes = re.search(values + r"\[kTiles\] = \{([\d, ]+)\}", header)[1].split(", ")
+        tiles = (_tiles.LARGE, _tiles.PING_PONG, _tiles.SMALL)
+        assert [int(size) for size in sizes] == [getattr(tile, field) for tile in tiles]
+    for (op, dtype, *_), name in _tiles.TIMED.items():
+        assert name in {tile.name for tile in _tiles.TILES[op][dtype]}
+
+
+def test_every_tile_gives_the_same_bits(gpu):
+    """So that the choice of a tile, which depends on the number of rows, never shows in a result."""
+    x, weight = gpu.draw(1000, 768, dtype=BF16), gpu.draw(3072, 768, dtype=BF16, scale=0.03)
+    bias = gpu.draw(3072, dtype=BF16)
+    first = gpu.ops.linear_act(x, weight, bias, None, None, None, "gelu", True, "large")
+    for tile in ("ping_pong", "small"):
+        for got, wanted in zip(
+            gpu.ops.linear_act(x, weight, bias, None, None, None, "gelu", True, tile), first, strict=True
+        ):
+            assert torch.equal(got, wanted), tile
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_an_image_does_not_see_its_batch(gpu, dtype):
+    import fastvit
+
+    inputs = testing.make_inputs("layernorm_mlp", testing.VIT_SHAPES["base"], 64, dtype, "cuda")
+    with fastvit.use_backend("cuda"), torch.no_grad():
+        x = inputs.pop("x").detach()
+        everything = fastvit.ops.layernorm_mlp(x, **inputs)
+        for batch in (1, 2, 7, 64):
+            assert torch.equal(fastvit.ops.layernorm_mlp(x[:batch], **inputs), everything[:batch]), batch
+
+
+def test_same_bits_every_time_on_any_stream(gpu):
+    dy, weight = gpu.draw(50432, 768, dtype=BF16), gpu.draw(768, 3072, dtype=BF16, scale=0.03)
+    h = gpu.draw(50432, 3072, dtype=BF16)
+    first = gpu.ops.linear_act_grad(dy, weight, h, "gelu", True, F32, "ping_pong")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        again = gpu.ops.linear_act_grad(dy, weight, h, "gelu", True, F32, "ping_pong")
+        torch.cuda.current_stream().synchronize()
+    for got, wanted in zip(again, first, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_captured_by_a_graph(gpu):
+    x, weight = gpu.draw(197, 768, dtype=BF16), gpu.draw(3072, 768, dtype=BF16, scale=0.03)
+    wanted, _ = gpu.ops.linear_act(x, weight, None, None, None, None, "gelu", False, "small")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = gpu.ops.linear_act(x, weight, None, None, None, None, "gelu", False, "small")
+    out.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, wanted)
+
+
+def test_more_than_two_to_the_31_elements(gpu):
+    rows, depth, cols = 700_016, 64, 3072
+    x, weight = torch.randn(rows, depth, dtype=BF16, device="cuda"), gpu.draw(cols, depth, dtype=BF16)
+    y, h = gpu.ops.linear_act(x, weight, None, None, None, None, "gelu", True, "large")
+    last = gpu.ops.linear_act(x[-128:].clone(), weight, None, None, None, None, "gelu", True, "large")
+    assert torch.equal(y[-128:], last[0])
+    assert torch.equal(h[-128:], last[1])
