@@ -8,16 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from cuda_passes import PASSES, gate, wide
+from cuda_passes import PASSES, PRODUCTS, gate, wide
 
 from fastvit import reference, testing
-from fastvit.ops import _cuda
+from fastvit.ops import _cuda, _sm90, _tiles
 
 
-@pytest.fixture(autouse=True)
-def passes(monkeypatch):
-    monkeypatch.setattr(_cuda, "ops", SimpleNamespace(**{fn.__name__: fn for fn in PASSES}))
+@pytest.fixture(autouse=True, params=["cublas", "hopper"])
+def passes(request, monkeypatch):
+    """The passes in PyTorch, alone and beside Hopper's products."""
+    functions = PASSES if request.param == "cublas" else PASSES + PRODUCTS
+    monkeypatch.setattr(_cuda, "ops", SimpleNamespace(**{fn.__name__: fn for fn in functions}))
+    monkeypatch.setattr(_sm90, "device_facts", lambda index: ((9, 0), 132))
     # PyTorch takes out_dtype on a GPU only
     monkeypatch.setattr(_cuda, "_float32_product", lambda a, b: wide(a) @ wide(b))
 
@@ -241,7 +243,7 @@ def test_small_layer_scale_in_float16():
 
 
 def test_gates_of_the_kernels():
-    """activation.cu's gate and slope are the activations and their derivatives; its polynomial is erf to 1.5e-7."""
+    """The model's gate and slope are the activations and their derivatives (the kernels': test_cuda_activation.py)."""
     h = torch.linspace(-12, 12, 20001, dtype=torch.float64).requires_grad_()
     for act in reference.ACTIVATIONS:
         value, slope = gate(h, act)
@@ -249,9 +251,47 @@ def test_gates_of_the_kernels():
         (derivative,) = torch.autograd.grad(exact.sum(), h)
         torch.testing.assert_close(h * value, exact, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(value + h * slope, derivative, rtol=1e-9, atol=1e-12)
-    t = 1 / (1 + 0.3275911 * 0.5**0.5 * h.abs())
-    poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    tail = 0.5 * poly * torch.exp(-0.5 * h * h)
-    fast = torch.where(h > 0, 1 - tail, tail)
-    assert (fast - 0.5 * torch.erfc(-h * 0.5**0.5)).abs().max() < 1e-7
-    assert (h * fast - F.gelu(h)).abs().max() < 2.5e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])
+def test_folded_layernorm(op, dtype, monkeypatch):
+    """Folding changes the rounding, not the result; a float32 x is not folded, for it is no operand."""
+    given = build(op, "all", dtype)
+    name = "weight" if op == "layernorm_linear" else "fc1_weight"
+    monkeypatch.setattr(_tiles, "FOLDED", frozenset({(str(dtype)[6:], *given[name].shape)}))
+    prove(op, given)
+
+
+def test_products_take_what_they_can(passes, monkeypatch):
+    """Each product goes to Hopper's kernels where its operands fit, and the others to cuBLAS."""
+    called = []
+    for fn in PRODUCTS:
+        if hasattr(_cuda.ops, fn.__name__):
+            monkeypatch.setattr(_cuda.ops, fn.__name__, lambda *given, fn=fn: called.append(fn.__name__) or fn(*given))
+    prove("layernorm_mlp", build("layernorm_mlp", "all", torch.bfloat16))
+    is_hopper = hasattr(_cuda.ops, "linear_act")
+    assert set(called) == ({fn.__name__ for fn in PRODUCTS} if is_hopper else set())
+    called.clear()
+    prove("layernorm_mlp", build("layernorm_mlp", "all", torch.float32))
+    assert called == []
+
+
+def test_reasons_against_the_products(passes, monkeypatch):
+    x, weight = torch.randn(8, 64).bfloat16(), torch.randn(16, 64).bfloat16()
+    if not hasattr(_cuda.ops, "linear_act"):
+        assert "not in the CUDA library" in _sm90.why_not(_cuda.ops, 16, x=x, weight=weight)[0]
+        return
+    assert _sm90.why_not(_cuda.ops, 16, x=x, weight=weight) == []
+    cases = [
+        ("x is torch.float32, Hopper's products take bfloat16 and float16", 16, x.float(), weight.float()),
+        ("weight is torch.float16, x is torch.bfloat16", 16, x, weight.half()),
+        ("the product has 15 columns, Hopper's products take multiples of 8", 15, x, weight[:15]),
+        ("x has 63 columns, Hopper's products take multiples of 8", 16, x[:, :63], weight),
+        ("x's rows do not start at multiples of 16 bytes", 16, x[:, 4:60], weight[:, :56]),
+        ("weight's rows do not start at multiples of 16 bytes", 16, x, torch.randn(64, 16).bfloat16().t()),
+    ]
+    for reason, cols, left, right in cases:
+        assert any(reason in found for found in _sm90.why_not(_cuda.ops, cols, x=left, weight=right)), reason
+    monkeypatch.setattr(_sm90, "device_facts", lambda index: ((8, 0), 108))
+    assert "compute capability 8.0" in _sm90.why_not(_cuda.ops, 16, x=x, weight=weight)[0]

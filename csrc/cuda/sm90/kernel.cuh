@@ -91,7 +91,6 @@ struct Product {
       typename Traits::MainSchedule>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int>, MainLoop, Epilogue,
                                                       cutlass::gemm::PersistentScheduler>;
-  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
   static_assert(sizeof(typename Kernel::SharedStorage) <= 227 * 1024, "more shared memory than a block has");
 };
 
@@ -111,11 +110,11 @@ inline cudaError_t outcome(cutlass::Status status) {
              : cudaErrorLaunchFailure;
 }
 
-// `Params` is one of gemm.h's; `weight` holds B, which CUTLASS strides as (N, K).
-template <typename Product, typename Element, typename Params, typename EpilogueArguments>
+// `Kernel` is a Product's kernel under a name of its own, `Params` one of gemm.h's.
+template <typename Kernel, typename Element, typename Params, typename EpilogueArguments>
 cudaError_t launch(const Params& p, const Matrix& x, EpilogueArguments const& epilogue, cudaStream_t stream) {
-  using Gemm = typename Product::Gemm;
-  using StrideB = typename Product::Kernel::StrideB;
+  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+  using StrideB = typename Kernel::StrideB;  // of the weight as (N, K)
   StrideB stride{};
   if constexpr (cute::is_same_v<cute::remove_cvref_t<decltype(cute::get<0>(stride))>, int64_t>) {
     cute::get<0>(stride) = p.weight.stride;
