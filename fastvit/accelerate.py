@@ -11,8 +11,7 @@ from .adapters import Adapter, find_adapter
 from .adapters._override import override, release
 from .adapters._report import Report, report
 from .dispatch import BACKENDS, OPS
-
-MEMORY = ("default",)
+from .ops.layernorm_mlp import MEMORY
 
 
 def accelerate(
@@ -28,7 +27,7 @@ def accelerate(
     filter_fn            (module, name) -> bool: which transformer blocks and whole ViTs to accelerate; default all
     backend              forced for this model's ops, for all ("torch") or op by op ({"attention": "triton"})
     cls_only_last_block  run the last block for the class token alone where the head reads nothing else
-    memory               "default"
+    memory               "default" | "lean": keep fc1's result of each block for the backward, or compute it again
     returns              ``model``
 
     Hooks, LoRA, parametrisations, dropout and moves are looked at on each call: what a fused op would leave out is
@@ -47,8 +46,8 @@ def accelerate(
     for name, module, adapter in list(_supported(model)):
         if filter_fn is not None and not filter_fn(module, name):
             continue
-        options = {"cls_only_last_block": cls_only_last_block} if adapter.part == "model" else {}
-        if not adapter.is_fast or forced or not all(options.values()):
+        options = {"memory": memory} if adapter.part == "block" else {"cls_only_last_block": cls_only_last_block}
+        if not adapter.is_fast or forced or options in ({"memory": "lean"}, {"cls_only_last_block": False}):
             override(module, adapter.forward, forced, options)
     return model
 

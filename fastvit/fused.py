@@ -190,19 +190,22 @@ def why_not_fused(block: Any) -> list[str]:
     return reasons + _why_not_mlp(block)
 
 
-def block_forward(block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def block_forward(
+    block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, memory: str = "default"
+) -> Tensor:
     """One pre-norm transformer block on four ops.
 
     block      has norm1, attn.{qkv, q_norm, k_norm, attn_drop, proj, proj_drop}, ls1, drop_path1, norm2,
                mlp.{fc1, act, drop1, fc2, drop2}, ls2, drop_path2
     x          (B, N, E)
     attn_mask  broadcastable to (B, H, N, N); bool (True takes part) or float (added)
+    memory     "default" | "lean", as layernorm_mlp has it
     returns    (B, N, E)  dtype of x
     """
     if _why_not_block(block):
         x = _add_branch(block, 1, x, _call_attention(block.attn, block.norm1(x), attn_mask, is_causal))
         return _add_branch(block, 2, x, block.mlp(block.norm2(x)))
-    return mlp_residual(block, attention_residual(block, x, attn_mask, is_causal))
+    return mlp_residual(block, attention_residual(block, x, attn_mask, is_causal), memory)
 
 
 def class_token_block_forward(block: Any, x: Tensor) -> Tensor:
@@ -242,7 +245,7 @@ def attention_residual(block: Any, x: Tensor, attn_mask: Tensor | None = None, i
     return _project_attention(block, attend_packed(attn, qkv, attn_mask, is_causal), x)
 
 
-def mlp_residual(block: Any, x: Tensor) -> Tensor:
+def mlp_residual(block: Any, x: Tensor, memory: str = "default") -> Tensor:
     """``x + drop_path2(ls2(mlp(norm2(x))))``."""
     mlp, norm = block.mlp, block.norm2
     if not _why_not_mlp(block):
@@ -259,6 +262,7 @@ def mlp_residual(block: Any, x: Tensor) -> Tensor:
             eps=norm.eps,
             layer_scale=gamma,
             row_scale=row_scale,
+            memory=memory,
         )
     if why_not_skip(mlp, "mlp", "Mlp", "GluMlp"):
         return _add_branch(block, 2, x, mlp(norm(x)))

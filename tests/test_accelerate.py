@@ -274,7 +274,7 @@ def test_forced_backend_ends_with_the_call():
         ({"backend": "tpu"}, ValueError, "'tpu'.*expected one of auto, triton"),
         ({"backend": {"softmax": "torch"}}, ValueError, "'softmax'.*expected one of"),
         ({"backend": 3}, TypeError, "backend is a int"),
-        ({"memory": "lean"}, ValueError, "memory is 'lean', available: 'default'"),
+        ({"memory": "tight"}, ValueError, "memory is 'tight', available: 'default', 'lean'"),
     ],
 )
 def test_refusals(arguments, error, message):

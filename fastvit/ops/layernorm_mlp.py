@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from .. import reference
@@ -14,6 +16,7 @@ from .layernorm_linear import check_norm, check_weight, fake_grads, keep
 from .linear_residual import check_branch
 
 NAME = "layernorm_mlp"
+MEMORY = ("default", "lean")
 
 
 def layernorm_mlp(
@@ -30,6 +33,7 @@ def layernorm_mlp(
     layer_scale: Tensor | None = None,
     row_scale: Tensor | None = None,
     residual: bool = True,
+    memory: str = "default",
 ) -> Tensor:
     """``x + row_scale * layer_scale * fc2(act(fc1(layer_norm(x))))``.
 
@@ -41,16 +45,19 @@ def layernorm_mlp(
     layer_scale             (E,)         optional
     row_scale               (B,)         optional; one factor a sample, as DropPath draws them. Gets no gradient
     residual                False leaves out ``x +``
+    memory                  "default": for the backward x, the row statistics and fc1's result are kept; LayerNorm and
+                            activation are done again. "lean": fc1 too is done again, and its result not kept
     returns                 (B, ..., E)  dtype of x; statistics and sums in float32
 
-    For the backward only x, the row statistics and fc1's result are kept; LayerNorm and activation are done again.
     Raises ValueError for a wrong shape, dtype or device, Unsupported where a forced backend cannot run.
     Meaning: fastvit.reference.layernorm_mlp.
     """
     _check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, layer_scale, row_scale)
+    if memory not in MEMORY:
+        raise ValueError(f"{NAME}: memory is {memory!r}, expected one of {', '.join(map(repr, MEMORY))}")
     weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     weights = _contract.cast(_contract.autocast_dtype(x), *weights)  # type: ignore[assignment]
-    return OP(x, norm_weight, norm_bias, *weights, layer_scale, row_scale, act, eps, residual)
+    return OP(x, norm_weight, norm_bias, *weights, layer_scale, row_scale, act, eps, residual, memory)
 
 
 def _check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, layer_scale, row_scale) -> None:
@@ -94,6 +101,8 @@ def _fwd_fake(x, nw, nb, w1, b1, w2, b2, layer_scale, row_scale, act, eps, resid
 
 def _bwd(dout, x, mean, rstd, h, nw, nb, w1, b1, w2, b2, layer_scale, row_scale, act, eps, residual, mask, backend):
     kernels = _contract.compiled(backend)
+    if h.numel() == 0 and x.numel() > 0:  # memory="lean"
+        h = kernels.layernorm_linear_fwd(x, nw, nb, w1, b1, eps, False)[0].view(-1, w1.shape[0])
     return kernels.layernorm_mlp_bwd(
         dout, x, mean, rstd, h, nw, nb, w1, w2, b2, layer_scale, row_scale, act, residual, mask
     )
@@ -164,17 +173,24 @@ _register.register_double_backward(
 
 
 def _run_compiled(backend: str):
-    def run(x, nw, nb, w1, b1, w2, b2, layer_scale, row_scale, act, eps, residual):
+    def run(x, nw, nb, w1, b1, w2, b2, layer_scale, row_scale, act, eps, residual, memory="default"):
         arguments = (x, nw, nb, w1, b1, w2, b2, layer_scale, row_scale)
-        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments)
+        save = (
+            memory == "default"
+            and torch.is_grad_enabled()
+            and any(t is not None and t.requires_grad for t in arguments)
+        )
         cache = _contract.may_cache(w1, w2)
         return _fwd_op(*arguments, act, eps, residual, save, cache, backend)[0]
 
     return run
 
 
-def _run_torch(x, nw, nb, w1, b1, w2, b2, layer_scale, row_scale, act, eps, residual):
-    return reference.layernorm_mlp(
+def _run_torch(x, nw, nb, w1, b1, w2, b2, layer_scale, row_scale, act, eps, residual, memory="default"):
+    run = reference.layernorm_mlp
+    if memory == "lean" and torch.is_grad_enabled():
+        run = partial(torch.utils.checkpoint.checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+    return run(
         x,
         nw,
         nb,
@@ -191,7 +207,7 @@ def _run_torch(x, nw, nb, w1, b1, w2, b2, layer_scale, row_scale, act, eps, resi
 
 
 def _why_not(backend: str):
-    def why_not(x, nw, nb, w1, b1, w2, b2, layer_scale, row_scale, act, eps, residual):
+    def why_not(x, nw, nb, w1, b1, w2, b2, layer_scale, row_scale, act, eps, residual, memory="default"):
         return _contract.why_not_compiled(backend, x, w1)
 
     return why_not
