@@ -1,11 +1,15 @@
-"""Compile every .cu file ahead of time and read what ptxas says: registers, shared memory, spills. Needs no GPU.
+"""What the compiler made of every CUDA kernel: registers, shared memory, spills, wgmma instructions. Needs no GPU.
 
 python benchmarks/aot_cuda.py [--arch 90a] [--json] [name ...]      exits 1 when a kernel spills
+
+Read from the built library (fastvit/_cuda.stable.so) where it is newer than its sources; its kernels for Hopper take
+minutes to compile. Otherwise, and for single files, the .cu files of csrc/cuda are compiled, without Hopper's products.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -18,13 +22,86 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "fastvit" / "_cuda.stable.so"
 ARCHES = ("80", "90a", "100")
 STATIC_SHARED_LIMIT = 48 * 1024  # bytes a block, on every architecture
+HOPPER_SHARED_LIMIT = 227 * 1024
+DTYPES, TILES = ("fp32", "fp16", "bf16"), ("large", "ping_pong", "small")
+# A product's name: op, dtype, tile and the shared memory it asks for at the launch; see csrc/cuda/sm90
+PRODUCT = re.compile(r"device_kernel<sm90::(\w+)Kernel<\(DType\)(\d), \(sm90::Tile\)(\d), (\d+)>")
 
 
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+def find_cuobjdump() -> str | None:
+    """The toolkit's, or the one that comes with triton."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    spec = importlib.util.find_spec("triton")
+    places = [f"{home}/bin"] if home else []
+    places += [f"{place}/backends/nvidia/bin" for place in (spec.submodule_search_locations if spec else None) or []]
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(places))
+
+
+def is_fresh(library: Path) -> bool:
+    """Whether ``library`` was built from the sources as they are."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp")]
+    return library.exists() and library.stat().st_mtime >= max(path.stat().st_mtime for path in sources)
+
+
+def read_library(library: Path, arch: str) -> list[dict]:
+    """One row a kernel of ``library`` on sm_``arch``."""
+    tool = find_cuobjdump() or "cuobjdump"
+
+    def ask(what: str) -> str:
+        command = [tool, "--gpu-architecture", f"sm_{arch}", what, str(library)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    wgmmas = count_wgmmas(ask("--dump-sass")) if arch.startswith("9") else {}
+    return list(parse_usage(ask("--dump-resource-usage"), wgmmas, arch))
+
+
+def parse_usage(text: str, wgmmas: dict[str, int], arch: str) -> Iterator[dict]:
+    """Rows from cuobjdump's resource usage. What spills, and any other local array, shows as STACK or LOCAL."""
+    for name, usage in re.findall(r"Function (\w+):\s*\n\s*(REG:.*)", text):
+        used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+        row = {
+            "kernel": name,
+            "module": "cuda",
+            "arch": int(arch.rstrip("af")),
+            "registers": used["REG"],
+            "shared": used["SHARED"],
+            "spills": used["STACK"] + used["LOCAL"],
+        }
+        if wgmmas.get(name):
+            row |= {"wgmmas": wgmmas[name], "matrix": "wgmma.mma_async"}
+        yield row | {"problems": problems(row)}
+
+
+def count_wgmmas(sass: str) -> dict[str, int]:
+    """HGMMA instructions of each kernel in cuobjdump's listing."""
+    parts = re.split(r"Function : (\w+)", sass)[1:]
+    return {name: body.count("HGMMA") for name, body in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def name_product(row: dict) -> dict:
+    """A product's row by its op, dtype and tile, with all of its shared memory; other rows as they are."""
+    match = PRODUCT.search(row["kernel"])
+    if not match:
+        return row
+    op = re.sub(r"(?<!^)(?=[A-Z])", "_", match[1]).lower()
+    row |= {
+        "kernel": f"{op} {DTYPES[int(match[2])]} {TILES[int(match[3])]}",
+        "module": "sm90",
+        "shared": int(match[4]),
+    }
+    if not row.get("wgmmas"):
+        row["problems"] = [*row["problems"], "no wgmma"]
+    if row["shared"] > HOPPER_SHARED_LIMIT:
+        row["problems"] = [*row["problems"], f"shared memory {row['shared']} above {HOPPER_SHARED_LIMIT}"]
+    return row
 
 
 def compile_source(source: Path, arch: str) -> list[dict]:
@@ -82,6 +159,9 @@ def rows(names: Iterable[str] = (), arches: Iterable[str] = ARCHES) -> list[dict
 
     Where nvcc is missing there are none, and a line says so.
     """
+    names = list(names)
+    if not names and is_fresh(LIBRARY) and find_cuobjdump():
+        return named([row for arch in arches for row in read_library(LIBRARY, arch)])
     if find_nvcc() is None:
         print("aot: skipping the CUDA kernels: nvcc is not on the PATH, nor under CUDA_HOME", file=sys.stderr)
         return []
@@ -90,8 +170,15 @@ def rows(names: Iterable[str] = (), arches: Iterable[str] = ARCHES) -> list[dict
     jobs = [(source, arch) for source in sources for arch in arches]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         found = [row for part in pool.map(lambda job: compile_source(*job), jobs) for row in part]
+    if not names:
+        print(f"aot: {LIBRARY.name} is older than its sources: Hopper's products are left out", file=sys.stderr)
+    return named(found)
+
+
+def named(found: list[dict]) -> list[dict]:
     for row, name in zip(found, demangle(row["kernel"] for row in found), strict=True):
-        row["kernel"] = f"{row['module']}: {name}"
+        row |= name_product(row | {"kernel": name})
+        row["kernel"] = f"{row['module']}: {row['kernel']}"
     return found
 
 
@@ -105,9 +192,10 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps(found, indent=1))
     else:
-        print(f"{'arch':>4} {'regs':>5} {'shared':>7} {'spills':>6} kernel")
+        print(f"{'arch':>4} {'regs':>5} {'shared':>7} {'spills':>6} {'HGMMA':>5} kernel")
         for row in found:
             numbers = f"{row['arch']:>4} {row['registers']:>5} {row['shared']:>7} {row['spills']:>6}"
+            numbers += f" {row.get('wgmmas', '-'):>5}"
             print(f"{numbers} {row['kernel']}" + "".join(f"  FAILED: {problem}" for problem in row["problems"]))
     failed = sum(bool(row["problems"]) for row in found)
     print(f"{len(found) - failed} passed, {failed} failed", file=sys.stderr)

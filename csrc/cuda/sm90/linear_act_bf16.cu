@@ -1,4 +1,4 @@
-// One file an op, and one for float16: they compile side by side.
+// The bfloat16 kernels of linear_act.cuh. A file holds few kernels, so that they compile side by side.
 #include "cuda/sm90/linear_act.cuh"
 
 namespace fastvit::sm90 {

@@ -1,0 +1,156 @@
+"""Time every tile of Hopper's products at ViT's shapes and print the tables to commit in fastvit/ops/_tiles.py.
+
+    python benchmarks/tune_mlp.py [--models base,large] [--batches 1,8,64,256] [--dtypes bfloat16,float16]
+
+Needs a GPU of compute capability 9.0 and the CUDA library with Hopper's products. Nothing is timed at import or at run
+time: what is printed here is pasted there, and the rule serves every other shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fastvit import _extension
+from fastvit.ops import _sm90, _tiles
+from fastvit.testing import VIT_SHAPES
+
+ROUNDS, CALLS = 7, 20
+
+
+@dataclass(frozen=True)
+class Product:
+    op: str
+    dtype: str
+    rows: int
+    cols: int
+    depth: int
+
+
+def products(models: list[str], batches: list[int], dtypes: list[str]) -> Iterator[Product]:
+    """The products of a block: qkv, fc1, projection, fc2, and fc2's gradient on its way through the activation."""
+    for model in models:
+        shape = VIT_SHAPES[model]
+        dim, hidden = shape.embed_dim, shape.hidden_dim
+        for dtype in dtypes:
+            for batch in batches:
+                rows = batch * shape.tokens
+                yield Product("linear_act", dtype, rows, 3 * dim, dim)
+                yield Product("linear_act", dtype, rows, hidden, dim)
+                yield Product("linear_residual", dtype, rows, dim, dim)
+                yield Product("linear_residual", dtype, rows, dim, hidden)
+                yield Product("linear_act_grad", dtype, rows, hidden, dim)
+
+
+def why_not() -> str:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device here"
+    reasons = _extension.why_not_cuda() or _sm90.why_not_device(torch.ops.fastvit_cuda, torch.empty(0, device="cuda"))
+    return "; ".join(reasons)
+
+
+def calls(product: Product) -> dict[str, Callable[[], object]]:
+    """Tile -> one call of the product with it."""
+    ops, dtype = torch.ops.fastvit_cuda, getattr(torch, product.dtype)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device="cuda", dtype=dtype)
+
+    x, bias = draw(product.rows, product.depth), draw(product.cols)
+    backward = product.op == "linear_act_grad"
+    weight = draw(*((product.depth, product.cols) if backward else (product.cols, product.depth)))
+    other = draw(product.rows, product.cols) if product.op != "linear_act" else None
+
+    def call(tile: str) -> object:
+        if product.op == "linear_act":
+            return ops.linear_act(x, weight, bias, None, None, None, "gelu", True, tile)
+        if product.op == "linear_residual":
+            return ops.linear_residual(x, weight, bias, other, bias, None, tile)
+        return ops.linear_act_grad(x, weight, other, "gelu", True, dtype, tile)
+
+    return {tile.name: lambda name=tile.name: call(name) for tile in _tiles.TILES[product.op][product.dtype]}
+
+
+def folding(product: Product) -> dict[str, Callable[[], object]]:
+    """LayerNorm as its own pass, and folded, each with the product after it."""
+    ops, dtype = torch.ops.fastvit_cuda, getattr(torch, product.dtype)
+    x = torch.randn(product.rows, product.depth, device="cuda", dtype=dtype)
+    weight = torch.randn(product.cols, product.depth, device="cuda", dtype=dtype)
+    scale, shift = torch.randn(2, product.depth, device="cuda", dtype=dtype)
+    bias = torch.randn(product.cols, device="cuda", dtype=dtype)
+    tile = _tiles.choose(product.op, product.dtype, product.rows, product.cols, product.depth)
+
+    def apart() -> object:
+        y = ops.layernorm_fwd(x, scale, shift, 1e-6, dtype)[0]
+        return ops.linear_act(y, weight, bias, None, None, None, "gelu", True, tile)
+
+    def folded() -> object:
+        mean, rstd = ops.row_stats(x, 1e-6)
+        narrow, sums, moved = ops.fold_norm(weight, scale, shift, bias)
+        return ops.linear_act(x, narrow, moved, mean, rstd, sums, "gelu", True, tile)
+
+    return {"apart": apart, "folded": folded}
+
+
+def medians(candidates: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Microseconds a call; the candidates take turns in every round."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(ROUNDS + 1):
+        for name, call in candidates.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(CALLS):
+                call()
+            end.record()
+            end.synchronize()
+            if turn > 0:  # the first round warms up
+                times[name].append(start.elapsed_time(end) * 1000 / CALLS)
+    return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", default="base,large", help="of fastvit.testing.VIT_SHAPES; default: %(default)s")
+    parser.add_argument("--batches", default="1,8,64,256", help="default: %(default)s")
+    parser.add_argument("--dtypes", default="bfloat16,float16", help="default: %(default)s")
+    args = parser.parse_args()
+    unknown = [name for name in args.models.split(",") if name not in VIT_SHAPES]
+    if unknown:
+        parser.error(f"--models has {unknown[0]!r}, expected some of {', '.join(VIT_SHAPES)}")
+    reason = why_not()
+    if reason:
+        print(f"tune_mlp: nothing can be timed: {reason}", file=sys.stderr)
+        return 3
+    batches = [int(batch) for batch in args.batches.split(",")]
+    best: dict[tuple, str] = {}
+    gains: dict[tuple[str, int, int], list[float]] = {}
+    for product in products(args.models.split(","), batches, args.dtypes.split(",")):
+        times = medians(calls(product))
+        key = (product.op, product.dtype, product.rows, product.cols, product.depth)
+        best[key] = min(times, key=lambda name: times[name])
+        print("#", *key, {name: round(time, 1) for name, time in times.items()}, file=sys.stderr)
+        if product.op == "linear_act":
+            both = medians(folding(product))
+            gains.setdefault((product.dtype, product.cols, product.depth), []).append(both["apart"] / both["folded"])
+    folded = [key for key, ratios in gains.items() if min(ratios) > 1.0]  # at every number of rows, or not at all
+    print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print("TIMED: dict[tuple[str, str, int, int, int], str] = {")
+    for key, name in best.items():
+        print(f"    {key}: {name!r},".replace("'", '"'))
+    print("}\nFOLDED: frozenset[tuple[str, int, int]] = frozenset({")
+    for key in folded:
+        print(f"    {key},".replace("'", '"'))
+    print("})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
