@@ -1,15 +1,20 @@
 """What setup.py decides to build, and what it says when it leaves a part out."""
 
+import importlib.util
+import re
 import runpy
 import shutil
 import sys
 from pathlib import Path
 
+import cuda_on_cpu
 import pytest
 import setuptools
 
 ROOT = Path(__file__).resolve().parent.parent
+NVCC = shutil.which("nvcc")
 SWITCHES = ("FASTVIT_SKIP_BUILD", "FASTVIT_FORCE_CUDA", "FASTVIT_SANITIZE", "CUDA_HOME", "CUDA_PATH", "CXX")
+SWITCHES += ("CUTLASS_PATH", "TORCH_CUDA_ARCH_LIST")
 
 
 @pytest.fixture
@@ -41,11 +46,49 @@ def test_pure_python_on_request(run_setup):
     assert said == ""
 
 
+@pytest.fixture
+def cutlass(tmp_path):
+    """A folder that looks like CUTLASS."""
+    (tmp_path / "include" / "cutlass").mkdir(parents=True)
+    (tmp_path / "include" / "cutlass" / "cutlass.h").touch()
+    return tmp_path
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the CUDA part is built on Linux")
-def test_cuda_needs_neither_a_gpu_nor_a_cuda_build_of_torch(run_setup):
-    arguments, _, said = run_setup()
+def test_cuda_needs_neither_a_gpu_nor_a_cuda_build_of_torch(run_setup, cutlass):
+    arguments, _, said = run_setup(CUTLASS_PATH=str(cutlass))
     assert built(arguments) == {"fastvit._C", "fastvit._cuda"}
     assert said == ""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the CUDA part is built on Linux")
+def test_hoppers_products_are_built_where_they_can_be(run_setup, cutlass, monkeypatch):
+    _, names, _ = run_setup(CUTLASS_PATH=str(cutlass))
+    assert names["why_not_sm90"]() == []
+    assert "csrc/cuda/sm90/ops.cpp" in names["cuda_sources"]()
+    _, names, said = run_setup(CUTLASS_PATH=str(cutlass), TORCH_CUDA_ARCH_LIST="8.0;10.0")
+    assert "building without Hopper's own products: 9.0a is not among the architectures (8.0;10.0)" in said
+    assert not any("sm90" in source for source in names["cuda_sources"]())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    arguments, _, said = run_setup(CUTLASS_PATH=str(cutlass / "nowhere"))
+    if not (ROOT / "build" / "cutlass").exists():
+        assert "building without Hopper's own products: CUTLASS is not here" in said
+    assert "fastvit._cuda" in built(arguments)
+
+
+def test_the_compiler_is_given_cutlass_for_hopper_alone(run_setup, cutlass, tmp_path):
+    if cuda_on_cpu.why_not():
+        pytest.skip(cuda_on_cpu.why_not())
+    _, names, _ = run_setup(CUTLASS_PATH=str(cutlass))
+    names["cuda_ninja_file"].__globals__["find_nvcc"] = lambda: NVCC
+    names["cuda_ninja_file"].__globals__["find_cxx"] = lambda: "c++"
+    text = names["cuda_ninja_file"](tmp_path, tmp_path / "library.so")
+    flags = dict(re.findall(r"^(\w+_flags) = (.*)$", text, re.MULTILINE))
+    assert f"-isystem={cutlass / 'include'}" in flags["sm90_flags"]
+    assert re.findall(r",code=(\w+)", flags["sm90_flags"]) == ["sm_90a"]
+    assert str(cutlass) not in flags["nvcc_flags"]
+    assert re.search(r"^build \S*sm90_linear_act_bf16\.cu\.o: sm90_cu ", text, re.MULTILINE)
 
 
 def test_no_nvcc_is_a_skip_that_says_so(run_setup):

@@ -1,0 +1,73 @@
+"""What benchmarks/aot_cuda.py reads from the built library, and what the tuning command does without a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PRODUCT = "cutlass::device_kernel<fastvit::sm90::LinearActGradKernel<(fastvit::DType)2, (fastvit::sm90::Tile)1, {}> >"
+USAGE = """
+Resource usage:
+ Common:
+  GLOBAL:11 CONSTANT[4]:88
+ Function product:
+  REG:168 STACK:0 SHARED:1024 LOCAL:0 CONSTANT[0]:3456 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function pass:
+  REG:40 STACK:16 SHARED:512 LOCAL:8 CONSTANT[0]:700 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+SASS = """
+	.headerflags	@"EF_CUDA_SM90"
+		Function : product
+  /*0100*/ HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+  /*0200*/ HGMMA.64x256x16.F32.BF16 R24, gdesc[UR12], R24, gsb0 ;
+		Function : pass
+  /*0100*/ FFMA R0, R1, R2, R3 ;
+"""
+
+
+@pytest.fixture
+def aot(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import aot_cuda
+
+    return aot_cuda
+
+
+def test_rows_of_the_library(aot):
+    product, other = aot.parse_usage(USAGE, aot.count_wgmmas(SASS), "90a")
+    assert (product["registers"], product["spills"], product["wgmmas"], product["arch"]) == (168, 0, 2, 90)
+    assert product["problems"] == []
+    assert (other["registers"], other["spills"], other["shared"]) == (40, 24, 512)
+    assert other["problems"] == ["spills 24 bytes a thread"]
+    assert "wgmmas" not in other
+
+
+def test_products_by_their_names(aot, monkeypatch):
+    row = {"kernel": "product", "module": "cuda", "arch": 90, "shared": 1024, "wgmmas": 8, "problems": []}
+    monkeypatch.setattr(aot.shutil, "which", lambda tool, **_: tool)
+
+    def named(shared, **changes):
+        done = subprocess.CompletedProcess([], 0, stdout=PRODUCT.format(shared) + "\n")
+        monkeypatch.setattr(aot.subprocess, "run", lambda *_, **__: done)
+        (found,) = aot.named([{**row, **changes}])
+        return found
+
+    found = named(197120)
+    assert (found["kernel"], found["shared"], found["problems"]) == (
+        "sm90: linear_act_grad bf16 ping_pong",
+        197120,
+        [],
+    )
+    assert named(250000)["problems"] == ["shared memory 250000 above 232448"]
+    assert named(197120, wgmmas=0)["problems"] == ["no wgmma"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and would be timed")
+def test_tuning_without_a_gpu_says_so():
+    done = subprocess.run([sys.executable, "benchmarks/tune_mlp.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "nothing can be timed: torch sees no CUDA device here" in done.stderr
+    assert done.stdout == ""
