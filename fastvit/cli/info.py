@@ -9,12 +9,14 @@ import torch
 
 from .. import __version__, _extension, ops, parity, testing
 from ..dispatch import OPS, explaining, use_backend
+from ..ops import _sm90
 from . import _common
 
 _COST = {
     "triton": "patch embedding and attention run as stock PyTorch on a GPU",
     "cuda": "LayerNorm + MLP runs as stock PyTorch on a GPU",
     "cpp": "LayerNorm + MLP runs as stock PyTorch on the CPU",
+    "hopper": "on a GPU the matrix products are cuBLAS's",
 }
 
 
@@ -50,6 +52,7 @@ def parts() -> dict[str, dict[str, Any]]:
         "triton": _extension.why_not_triton(),
         "cuda": _extension.why_not_cuda(),
         "cpp": _extension.why_not_cpp(),
+        "hopper": _extension.why_not_cuda() or _sm90.why_not_built(),
     }
     found: dict[str, dict[str, Any]] = {
         name: {"available": not reasons, "reasons": reasons, "costs": _COST[name] if reasons else None}

@@ -24,10 +24,13 @@ def device_facts(index: int) -> tuple[tuple[int, int], int]:
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
-def why_not_device(ops: Any, x: Tensor) -> list[str]:
+def why_not_built(ops: Any = torch.ops.fastvit_cuda, index: int | None = None) -> list[str]:
+    """Reasons against every product on this device, whatever its operands."""
     if not hasattr(ops, "linear_act"):
         return ["Hopper's products are not in the CUDA library (built without CUTLASS or without 9.0a)"]
-    capability = device_facts(x.device.index or 0)[0]
+    if index is None and not torch.cuda.is_available():
+        return ["torch sees no CUDA device"]
+    capability = device_facts(index or 0)[0]
     if capability != (9, 0):
         return [f"the device has compute capability {capability[0]}.{capability[1]}, Hopper's products need 9.0"]
     return []
@@ -36,7 +39,7 @@ def why_not_device(ops: Any, x: Tensor) -> list[str]:
 def why_not(ops: Any, cols: int, **matrices: Tensor) -> list[str]:
     """Reasons why no product with ``cols`` outputs takes these matrices; the first one decides the dtype."""
     first_name, first = next(iter(matrices.items()))
-    reasons = why_not_device(ops, first)
+    reasons = why_not_built(ops, first.device.index or 0)
     if first.dtype not in NAMES:
         reasons.append(f"{first_name} is {first.dtype}, Hopper's products take bfloat16 and float16")
     if cols % 8:
