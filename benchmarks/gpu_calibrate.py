@@ -1,4 +1,5 @@
 """What this device gives stock code: copy bandwidth, cuBLAS at ViT-B/16's shapes, PyTorch's attentions, LayerNorm.
+And what the MLP's single kernels make of it: LayerNorm's passes, and Hopper's products by tile beside cuBLAS and a pass.
 
 Run by benchmarks/gpu.py. Writes {"ceilings": {"tflops", "gbps"}, "calibration": [rows with every raw sample]}.
 """
@@ -18,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastvit import _extension
 from fastvit.bench.timing import Candidate, interleave, percentile
+from fastvit.ops import _sm90, _tiles
 
 ROUNDS = 5
 GEMMS = {"qkv": (768, 2304), "proj": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}  # in, out features
@@ -72,6 +75,10 @@ class Calibration:
         for name, backend in ATTENTIONS.items():
             self.attention(name, backend)
         self.layernorm()
+        if not _extension.why_not_cuda() and self.device.type == "cuda":
+            with torch.no_grad():
+                self.passes()
+                self.products()
 
     def copy(self) -> None:
         source, target = self.randn(self.copy_elements), self.randn(self.copy_elements)
@@ -112,6 +119,52 @@ class Calibration:
         self.time("layer-norm-fwd", torch.no_grad()(lambda _: forward()), bytes_moved=2 * size)
         backward = functools.partial(torch.autograd.grad, inputs=(x, weight, bias), grad_outputs=dout)
         self.time("layer-norm-bwd", backward, forward, bytes_moved=3 * size)
+
+    def passes(self) -> None:
+        """The LayerNorm kernels alone. Bytes: x and y forward; dy, x and dx backward."""
+        ops, x, dy = torch.ops.fastvit_cuda, self.randn(self.batch * 197, 768), self.randn(self.batch * 197, 768)
+        weight, bias = self.randn(768), self.randn(768)
+        mean, rstd = ops.row_stats(x, 1e-6)
+        size = 2.0 * x.numel()
+        self.time(
+            "fastvit-layernorm-fwd",
+            lambda _: ops.layernorm_fwd(x, weight, bias, 1e-6, self.dtype),
+            bytes_moved=2 * size,
+        )
+        self.time(
+            "fastvit-layernorm-bwd",
+            lambda _: ops.layernorm_bwd(dy, x, mean, rstd, weight, bias, None, True, False),
+            bytes_moved=3 * size,
+        )
+
+    def products(self) -> None:
+        """fc1 + bias + GELU, fc2 + bias + residual and fc2's gradient through GELU: stock calls, and ours by tile."""
+        ops, rows = torch.ops.fastvit_cuda, self.batch * 197
+        x, h, weight, back = (self.randn(*size) for size in ((rows, 768), (rows, 3072), (3072, 768), (768, 3072)))
+        wide, narrow = self.randn(3072), self.randn(768)
+        flops = 2.0 * rows * 768 * 3072
+        self.time("fc1-gelu-stock", lambda _: F.gelu(torch.addmm(wide, x, weight.t())), flops=flops)
+        self.time("fc2-residual-stock", lambda _: x + torch.addmm(narrow, h, back.t()), flops=flops)
+        self.time("fc2-dgrad-gelu-stock", lambda _: torch.ops.aten.gelu_backward(x @ back, h).sum(0), flops=flops)
+        if _sm90.why_not_built():
+            return
+        for tile in (tile.name for tile in _tiles.FORWARD["bfloat16"]):
+            self.time(
+                f"fc1-gelu-{tile}",
+                lambda _, tile=tile: ops.linear_act(x, weight, wide, None, None, None, "gelu", True, tile),
+                flops=flops,
+            )
+            self.time(
+                f"fc2-residual-{tile}",
+                lambda _, tile=tile: ops.linear_residual(h, back, narrow, x, None, None, tile),
+                flops=flops,
+            )
+        for tile in (tile.name for tile in _tiles.BACKWARD["bfloat16"]):
+            self.time(
+                f"fc2-dgrad-gelu-{tile}",
+                lambda _, tile=tile: ops.linear_act_grad(x, back, h, "gelu", True, self.dtype, tile),
+                flops=flops,
+            )
 
 
 def ceilings(rows: list[dict[str, Any]]) -> Iterator[tuple[str, float]]:
