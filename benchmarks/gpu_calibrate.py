@@ -1,5 +1,5 @@
 """What this device gives stock code: copy bandwidth, cuBLAS at ViT-B/16's shapes, PyTorch's attentions, LayerNorm.
-And what the MLP's single kernels make of it: LayerNorm's passes, and Hopper's products by tile beside cuBLAS and a pass.
+And what the MLP's kernels make of it: LayerNorm's passes, and Hopper's products by tile beside cuBLAS and a pass.
 
 Run by benchmarks/gpu.py. Writes {"ceilings": {"tflops", "gbps"}, "calibration": [rows with every raw sample]}.
 """
