@@ -11,6 +11,9 @@ Shape letters, used throughout the package:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,18 +87,33 @@ def attention(
     *,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Multi-head attention, ``softmax(q k^T * scale + mask) v``.
+    """Multi-head attention, ``dropout(softmax(q k^T * scale + mask)) v``.
 
-    q          (B, H, Nq, D)
-    k, v       (B, H, Nk, D)
-    attn_mask  broadcastable to (B, H, Nq, Nk); bool (True takes part) or float (added to the scores)
-    scale      default D ** -0.5
-    returns    (B, H, Nq, D); a query whose every key is masked gets zeros
+    q             (B, H, Nq, D)
+    k, v          (B, H, Nk, D)
+    attn_mask     broadcastable to (B, H, Nq, Nk); bool (True takes part) or float (added to the scores)
+    is_causal     query m attends to keys 0 to m
+    dropout_p     probability of dropping a weight; the others grow by 1 / (1 - dropout_p)
+    dropout_seed  (1,) int64; see dropout_keeps
+    scale         default D ** -0.5
+    returns       (B, H, Nq, D); a query whose every key is masked gets zeros
 
     Source: "Attention Is All You Need" (Vaswani et al., 2017).
     """
+    weights = attention_weights(q, k, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+    if dropout_p > 0.0 and dropout_seed is not None:
+        weights = weights * dropout_keeps(dropout_seed, dropout_p, weights.shape) / (1.0 - dropout_p)
+    return weights.to(v.dtype) @ v
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """The weights (B, H, Nq, Nk) that ``attention`` gives to v, before dropout."""
     scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -105,18 +123,83 @@ def attention(
     elif attn_mask is not None:
         scores = scores + attn_mask
     masked_out = (scores == float("-inf")).all(dim=-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(masked_out, 0.0), dim=-1).masked_fill(masked_out, 0.0)
-    return weights @ v
+    return torch.softmax(scores.masked_fill(masked_out, 0.0), dim=-1).masked_fill(masked_out, 0.0)
 
 
-def attention_packed(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Tensor:
+def dropout_keeps(seed: Tensor, dropout_p: float, shape: Sequence[int], first: int = 0) -> Tensor:
+    """Which attention weights (B, H, Nq, Nk) dropout keeps: a pure function of the seed and a weight's place.
+
+    seed   (1,) int64    the key of Philox-4x32-10; the counter is (key, query, sample * H + head, 0)
+    first  the number of the first sample
+
+    A weight is kept if the upper 24 bits of the first random word reach dropout_p * 2^24. Source: "Parallel Random
+    Numbers: As Easy as 1, 2, 3" (Salmon et al., 2011).
+    """
+    batch, heads, queries, keys = shape
+    word = 0xFFFFFFFF
+    places = (keys, queries, batch * heads)
+    c0, c1, c2 = (torch.arange(size, device=seed.device) for size in places)
+    c2 = (c2 + first * heads).view(batch, heads, 1, 1)
+    c0, c1, c2 = torch.broadcast_tensors(c0, c1.view(-1, 1), c2)
+    c3 = torch.zeros_like(c0)
+    k0, k1 = seed & word, (seed >> 32) & word
+    for _ in range(10):
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64-bit products; int64 wraps without losing a bit
+        c0, c1 = ((high >> 32) & word) ^ c1 ^ k0, high & word
+        c2, c3 = ((low >> 32) & word) ^ c3 ^ k1, low & word
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    return (c0 >> 8) >= round(dropout_p * 2**24)
+
+
+def attention_packed(
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """Self-attention on a packed projection.
 
     qkv      (B, N, 3 * H * D)  ordered q, k, v, then head, then head dim
     returns  (B, N, H * D)
+
+    Otherwise as ``attention``.
     """
     q, k, v = unpack_qkv(qkv, num_heads)
-    return attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    out = attention(q, k, v, dropout_p=dropout_p, dropout_seed=dropout_seed, scale=scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Self-attention within each of S samples that lie one after another.
+
+    q, k, v     (T, H, D)
+    cu_seqlens  (S + 1,)   integer: sample s has the rows from cu_seqlens[s] to cu_seqlens[s + 1]
+    returns     (T, H, D)
+
+    Otherwise as ``attention``.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    bounds = cu_seqlens.tolist()
+    outs = []
+    for sample, (begin, end) in enumerate(pairwise(bounds)):
+        heads = [t[begin:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
+        weights = attention_weights(heads[0], heads[1], is_causal=is_causal, scale=scale)
+        if dropout_p > 0.0 and dropout_seed is not None:
+            weights = weights * dropout_keeps(dropout_seed, dropout_p, weights.shape, sample) / (1.0 - dropout_p)
+        outs.append((weights @ heads[2])[0].transpose(0, 1))
+    return torch.cat(outs) if outs else v.new_empty(v.shape)
 
 
 def unpack_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
