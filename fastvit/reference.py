@@ -12,7 +12,6 @@ Shape letters, used throughout the package:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -126,11 +125,10 @@ def attention_weights(
     return torch.softmax(scores.masked_fill(masked_out, 0.0), dim=-1).masked_fill(masked_out, 0.0)
 
 
-def dropout_keeps(seed: Tensor, dropout_p: float, shape: Sequence[int], first: int = 0) -> Tensor:
+def dropout_keeps(seed: Tensor, dropout_p: float, shape: Sequence[int]) -> Tensor:
     """Which attention weights (B, H, Nq, Nk) dropout keeps: a pure function of the seed and a weight's place.
 
     seed   (1,) int64    the key of Philox-4x32-10; the counter is (key, query, sample * H + head, 0)
-    first  the number of the first sample
 
     A weight is kept if the upper 24 bits of the first random word reach dropout_p * 2^24. Source: "Parallel Random
     Numbers: As Easy as 1, 2, 3" (Salmon et al., 2011).
@@ -139,8 +137,7 @@ def dropout_keeps(seed: Tensor, dropout_p: float, shape: Sequence[int], first: i
     word = 0xFFFFFFFF
     places = (keys, queries, batch * heads)
     c0, c1, c2 = (torch.arange(size, device=seed.device) for size in places)
-    c2 = (c2 + first * heads).view(batch, heads, 1, 1)
-    c0, c1, c2 = torch.broadcast_tensors(c0, c1.view(-1, 1), c2)
+    c0, c1, c2 = torch.broadcast_tensors(c0, c1.view(-1, 1), c2.view(batch, heads, 1, 1))
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & word, (seed >> 32) & word
     for _ in range(10):
@@ -176,30 +173,43 @@ def attention_varlen(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
+    max_seqlen: int,
     *,
     is_causal: bool = False,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Self-attention within each of S samples that lie one after another.
+    """Self-attention within each of S samples whose rows lie one after another.
 
     q, k, v     (T, H, D)
-    cu_seqlens  (S + 1,)   integer: sample s has the rows from cu_seqlens[s] to cu_seqlens[s + 1]
+    cu_seqlens  (S + 1,)   int: sample s has the rows from cu_seqlens[s] to cu_seqlens[s + 1]
+    max_seqlen             of rows in a sample
     returns     (T, H, D)
 
     Otherwise as ``attention``.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    bounds = cu_seqlens.tolist()
-    outs = []
-    for sample, (begin, end) in enumerate(pairwise(bounds)):
-        heads = [t[begin:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
-        weights = attention_weights(heads[0], heads[1], is_causal=is_causal, scale=scale)
-        if dropout_p > 0.0 and dropout_seed is not None:
-            weights = weights * dropout_keeps(dropout_seed, dropout_p, weights.shape, sample) / (1.0 - dropout_p)
-        outs.append((weights @ heads[2])[0].transpose(0, 1))
-    return torch.cat(outs) if outs else v.new_empty(v.shape)
+    heads, mask = pad_samples((q, k, v), cu_seqlens, max_seqlen)
+    dropout = {"dropout_p": dropout_p, "dropout_seed": dropout_seed}
+    out = attention(*heads, attn_mask=mask, is_causal=is_causal, scale=scale, **dropout)  # type: ignore[arg-type]
+    return unpad_samples(out, cu_seqlens, q.shape[0])
+
+
+def pad_samples(rows: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int) -> tuple[list[Tensor], Tensor]:
+    """Tensors (T, H, D) as (S, H, max_seqlen, D), zeros after a sample's end, and their mask (S, 1, 1, max_seqlen)."""
+    begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    index = begin[:, None] + torch.arange(max_seqlen, device=cu_seqlens.device)
+    inside = index < end[:, None]
+    index = torch.where(inside, index, 0)
+    padded = [t[index].masked_fill(~inside[..., None, None], 0).transpose(1, 2) for t in rows]
+    return padded, inside[:, None, None, :]
+
+
+def unpad_samples(padded: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
+    """The inverse: (S, H, max_seqlen, D) as (rows, H, D)."""
+    row = torch.arange(rows, device=cu_seqlens.device)
+    sample = torch.searchsorted(cu_seqlens.long(), row, right=True) - 1
+    return padded.transpose(1, 2)[sample, row - cu_seqlens.long()[sample]]
 
 
 def unpack_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:

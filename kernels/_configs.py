@@ -67,8 +67,10 @@ def attention_settings(
         if kernel == "fwd":
             return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168 if dim <= 96 else 255)
         if kernel == "bwd_dq":
-            return AttentionSettings(cols, 32, 16, max_registers=168)
-        return AttentionSettings(cols, 16, 32, num_warps=8, max_registers=255 if general else 168)
+            return AttentionSettings(cols, 32, 16, max_registers=255 if general else 168)
+        if general:
+            return AttentionSettings(cols, 16, 16, num_warps=8, max_registers=255)
+        return AttentionSettings(cols, 16, 32, num_warps=8, max_registers=168)
     wide = dim > 64
     cols = power_of_two_parts(dim, 16, 2) if wide else power_of_two_parts(dim, 32, 1)
     if kernel == "fwd":
@@ -77,7 +79,7 @@ def attention_settings(
             return AttentionSettings(cols, 64, keys=tiles)
         return AttentionSettings(cols, 128, 64, num_warps=8, num_stages=2 if wide else 3)
     if kernel == "bwd_dq":
-        return AttentionSettings(cols, 64, 64 if hopper or not wide else 32)
+        return AttentionSettings(cols, 64, 64 if (hopper or not wide) and not general else 32)
     if hopper and cols == (64,) and keys <= 256 and not general:  # dK and dV of a whole head stay in registers
         tiles = (64,) if keys <= 64 else (128,) if keys <= 128 else (128, 128)
         return AttentionSettings(cols, 32, keys=tiles, num_warps=8)

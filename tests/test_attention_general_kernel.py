@@ -287,3 +287,65 @@ def test_a_mask_that_asks_for_a_gradient_is_refused():
     with use_backend("auto"):
         ops.attention(**heads(1, 1, 9, 9, 32, FP32), attn_mask=mask).sum().backward()
     assert mask.grad is not None
+
+
+def ragged(lengths, num_heads, dim, dtype):
+    """q, k, v as views of one packed (T, 3, H, D) tensor, and the arguments that say where samples begin."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
+    qkv = torch.randn(sum(lengths), 3, num_heads, dim).to(DEVICE, dtype)
+    inputs = {name: t.detach().requires_grad_() for name, t in zip("qkv", qkv.unbind(1), strict=True)}
+    return inputs, {"cu_seqlens": cu_seqlens, "max_seqlen": max(lengths, default=1)}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "dim", "dtype", "options"),
+    [
+        ([50, 1, 0, 37, 130], 64, BF16, {}),
+        ([50, 1, 0, 37, 65], 32, FP32, {}),
+        ([20, 33], 80, FP16, {}),
+        ([70, 9, 33], 64, FP32, {"is_causal": True}),
+        ([21, 40], 32, BF16, {"dropout_p": 0.25}),
+    ],
+    ids=str,
+)
+def test_ragged_batches(lengths, dim, dtype, options):
+    inputs, where = ragged(lengths, 2, dim, dtype)
+    dout = torch.randn(inputs["q"].shape).to(inputs["q"])
+    results = []
+    for tensors, backend in (
+        (inputs, "triton"),
+        (inputs, "reference"),
+        (cast_inputs(inputs, torch.float64), "reference"),
+    ):
+        torch.manual_seed(5)
+        with use_backend(backend):
+            fn = lambda **t: ops.attention_varlen(**t, **where, **options)  # noqa: E731
+            results.append(run_with_gradients(fn, tensors, dout))
+    for name, value in results[0].items():
+        assert_as_accurate(value, results[1][name], results[2][name], name)
+
+
+def test_a_sample_of_a_ragged_batch_is_attention_alone():
+    """Its neighbours, even of NaN, and its place do not matter; nor does a packed row's other content."""
+    inputs, where = ragged([20, 33, 9], 2, 32, FP32)
+    with torch.no_grad():
+        for tensor in inputs.values():
+            tensor[:20] = tensor[53:] = float("nan")
+    ours = run_with_gradients(lambda **t: ops.attention_varlen(**t, **where), inputs)
+    alone = {name: t.detach()[20:53].transpose(0, 1)[None].requires_grad_() for name, t in inputs.items()}
+    expected = run_with_gradients(ops.attention, alone)
+    for name, value in ours.items():
+        torch.testing.assert_close(value[20:53], expected[name][0].transpose(0, 1))
+
+
+def test_no_samples():
+    inputs, where = ragged([], 2, 32, FP32)
+    for value in run_with_gradients(lambda **t: ops.attention_varlen(**t, **where), inputs).values():
+        assert value.shape == (0, 2, 32)
+
+
+def test_opcheck_of_ragged_batches():
+    inputs, where = ragged([5, 3], 2, 32, FP32)
+    seed = torch.tensor([5], device=DEVICE)
+    overload = torch.ops.fastvit.attention_varlen_fwd.default
+    torch.library.opcheck(overload, (*inputs.values(), *where.values(), True, 0.2, seed, 0.125, "triton"))
