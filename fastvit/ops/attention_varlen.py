@@ -151,8 +151,7 @@ _register.register_double_backward(
 
 
 def _why_not(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale):
-    heads = [_as_heads(tensor) for tensor in (q, k, v)]
-    return _why_not_triton(*heads, None, is_causal, dropout_p, scale)
+    return _why_not_triton(_as_heads(q), _as_heads(k), _as_heads(v), None, is_causal, dropout_p, scale)
 
 
 def _run_triton(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale):
@@ -162,9 +161,10 @@ def _run_triton(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale):
 
 def _run_padded(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale):
     """Padded: shapes that do not depend on cu_seqlens need no look at its values."""
-    heads, mask = reference.pad_samples((q, k, v), cu_seqlens, max_seqlen)
-    out = _run_torch(*heads, mask, is_causal, dropout_p, scale)
-    return reference.unpad_samples(out, cu_seqlens, q.shape[0])
+    rows = q.shape[0]
+    (q, k, v), mask = reference.pad_samples((q, k, v), cu_seqlens, max_seqlen)
+    out = _run_torch(q, k, v, mask, is_causal, dropout_p, scale)
+    return reference.unpad_samples(out, cu_seqlens, rows)
 
 
 def _run_reference(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale):
