@@ -62,32 +62,59 @@ def attention_settings(
     hopper   operands may lie in shared memory (sm_90 and later); before, they take registers and tiles must be smaller
     general  with masks, dropout or ragged batches: streams at every length
     """
-    if dtype.itemsize == 4:  # IEEE products run on the plain FMA units, whose operands pass through registers
-        cols = tuple(32 if dim - start > 16 else 16 for start in range(0, dim, 32))
+    if general:
+        return _general_settings(kernel, dtype, dim, hopper)
+    if dtype.itemsize == 4:
+        cols = _fp32_cols(dim)
         if kernel == "fwd":
             return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168 if dim <= 96 else 255)
         if kernel == "bwd_dq":
-            return AttentionSettings(cols, 32, 16, max_registers=255 if general else 168)
-        if general:
-            return AttentionSettings(cols, 16, 16, num_warps=8, max_registers=255)
+            return AttentionSettings(cols, 32, 16, max_registers=168)
         return AttentionSettings(cols, 16, 32, num_warps=8, max_registers=168)
     wide = dim > 64
-    cols = power_of_two_parts(dim, 16, 2) if wide else power_of_two_parts(dim, 32, 1)
+    cols = _half_cols(dim)
     if kernel == "fwd":
         tiles = power_of_two_parts(keys, 16, 3)
-        if sum(tiles) <= (256 if hopper else 224) and not wide and not general:
+        if sum(tiles) <= (256 if hopper else 224) and not wide:
             return AttentionSettings(cols, 64, keys=tiles)
         return AttentionSettings(cols, 128, 64, num_warps=8, num_stages=2 if wide else 3)
     if kernel == "bwd_dq":
-        return AttentionSettings(cols, 64, 64 if (hopper or not wide) and not general else 32)
-    if hopper and cols == (64,) and keys <= 256 and not general:  # dK and dV of a whole head stay in registers
+        return AttentionSettings(cols, 64, 64 if hopper or not wide else 32)
+    if hopper and cols == (64,) and keys <= 256:  # dK and dV of a whole head stay in registers
         tiles = (64,) if keys <= 64 else (128,) if keys <= 128 else (128, 128)
         return AttentionSettings(cols, 32, keys=tiles, num_warps=8)
     if hopper:
-        if general:  # the mask and the dropout's random words want registers too
-            return AttentionSettings(cols, 32, 64, num_warps=4 if dim <= 80 else 8, max_registers=255)
         return AttentionSettings(cols, 64 if dim <= 80 else 32, 64, max_registers=255)
     return AttentionSettings(cols, 32, 64, num_warps=8 if dim > 96 else 4)
+
+
+def _general_settings(kernel: str, dtype: Any, dim: int, hopper: bool) -> AttentionSettings:
+    """Smaller tiles than plain calls take: a mask and the words of the random generator want registers too."""
+    if dtype.itemsize == 4:
+        cols = _fp32_cols(dim)
+        if kernel == "fwd":
+            return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168 if dim <= 96 else 255)
+        if kernel == "bwd_dq":
+            return AttentionSettings(cols, 32, 16, num_warps=8, max_registers=168)
+        return AttentionSettings(cols, 16, 16, max_registers=255)
+    wide = dim > 64
+    cols = _half_cols(dim)
+    if kernel == "fwd":
+        return AttentionSettings(cols, 128, 64 if hopper else 32, num_warps=8, num_stages=2 if wide else 3)
+    if kernel == "bwd_dq":
+        return AttentionSettings(cols, 64 if hopper or not wide else 32, 32)
+    if hopper:
+        return AttentionSettings(cols, 32, 64, num_warps=4 if dim <= 80 else 8, max_registers=255)
+    return AttentionSettings(power_of_two_parts(dim, 32, 1), 32, 32)
+
+
+def _fp32_cols(dim: int) -> tuple[int, ...]:
+    """IEEE products run on the plain FMA units, whose operands pass through registers."""
+    return tuple(32 if dim - start > 16 else 16 for start in range(0, dim, 32))
+
+
+def _half_cols(dim: int) -> tuple[int, ...]:
+    return power_of_two_parts(dim, 16, 2) if dim > 64 else power_of_two_parts(dim, 32, 1)
 
 
 def power_of_two_parts(size: int, unit: int, count: int) -> tuple[int, ...]:
