@@ -18,6 +18,7 @@ class AotCase:
     num_stages: int
     divisible: tuple[str, ...] = ()  # arguments (pointers, strides) that are multiples of 16
     max_registers: int | None = None
+    waste: float | None = None  # share of the matrix products that falls on padding
 
     def compile(self, arch: int) -> Any:
         """Compile for sm_<arch> (80, 90, 100); needs no GPU. The result holds ``asm`` and ``metadata``."""
@@ -53,17 +54,25 @@ class AttentionSettings:
         return {**tiles, "KEYS": self.keys} if self.keys else {**tiles, "BLOCK_N": self.block_n}
 
 
+# (sm, kernel, dtype, head dim) -> ((fewest keys, most keys, settings), ...), as benchmarks/tune_attention.py prints it
+ATTENTION_MEASURED: dict[tuple[int, str, str, int], tuple[tuple[int, int, AttentionSettings], ...]] = {}
+
+
 def attention_settings(
-    kernel: str, dtype: Any, dim: int, keys: int, hopper: bool = True, general: bool = False
+    kernel: str, dtype: Any, dim: int, keys: int, arch: int = 90, general: bool = False
 ) -> AttentionSettings:
-    """Settings of ``kernel`` for a dtype, head dim and number of keys.
+    """Settings of ``kernel`` for a dtype, head dim and number of keys: the measured ones, or those of the rule below.
 
     kernel   "fwd"; "bwd", which is the short form or the one of dK and dV; "bwd_dq", which goes with the latter
-    hopper   operands may lie in shared memory (sm_90 and later); before, they take registers and tiles must be smaller
+    arch     from sm_90 operands may lie in shared memory; before, they take registers and tiles must be smaller
     general  with masks, dropout or ragged batches: streams at every length
     """
+    hopper = arch >= 90
     if general:
         return _general_settings(kernel, dtype, dim, hopper)
+    for fewest, most, settings in ATTENTION_MEASURED.get((arch, kernel, str(dtype).removeprefix("torch."), dim), ()):
+        if fewest <= keys <= most:
+            return settings
     if dtype.itemsize == 4:
         cols = _fp32_cols(dim)
         if kernel == "fwd":
@@ -95,8 +104,8 @@ def _general_settings(kernel: str, dtype: Any, dim: int, hopper: bool) -> Attent
         if kernel == "fwd":
             return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168 if dim <= 96 else 255)
         if kernel == "bwd_dq":
-            return AttentionSettings(cols, 32, 16, num_warps=8, max_registers=168)
-        return AttentionSettings(cols, 16, 16, max_registers=255)
+            return AttentionSettings(cols, 32, 16, num_warps=8, num_stages=1, max_registers=255)
+        return AttentionSettings(cols, 16, 16, num_stages=1, max_registers=255)
     wide = dim > 64
     cols = _half_cols(dim)
     if kernel == "fwd":

@@ -10,6 +10,7 @@ Meaning: fastvit.reference.attention. Source of the ideas: "FlashAttention-2" (D
 # ruff: noqa: RUF005 - Triton knows no (*parts, part)
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -92,8 +93,16 @@ def aot_cases(arch: int = 90) -> list[AotCase]:
         launches += _bwd_launches(out, q, k, v, out, lse, 0.125, q, k, v, device)
         for launch in launches:
             name = f"{launch.kernel.fn.__name__.strip('_')}_{str(dtype).removeprefix('torch.')}_d{dim}_n{length}"
-            cases.setdefault((launch.kernel.fn.__name__, dtype, repr(launch.tiles)), launch.aot_case(name))
+            case = replace(launch.aot_case(name), waste=_waste(launch.constexprs, length))
+            cases.setdefault((launch.kernel.fn.__name__, dtype, repr(launch.tiles)), case)
     return list(cases.values())
+
+
+def _waste(tiles: dict[str, Any], tokens: int) -> float:
+    """Share of a head's products that falls on padding, of queries, keys and columns."""
+    queries = triton.cdiv(tokens, tiles["BLOCK_M"]) * tiles["BLOCK_M"]
+    keys = sum(tiles["KEYS"]) if "KEYS" in tiles else triton.cdiv(tokens, tiles["BLOCK_N"]) * tiles["BLOCK_N"]
+    return 1 - tokens * tokens * tiles["D"] / (queries * keys * sum(tiles["COLS"]))
 
 
 def _check(q: Tensor, scale: float) -> None:
@@ -124,7 +133,7 @@ def _launch(
 
 def _fwd_launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, device: Limits) -> Launch:
     batch, heads, nq, dim = q.shape
-    settings = attention_settings("fwd", q.dtype, dim, k.shape[2], device.arch >= 90)
+    settings = attention_settings("fwd", q.dtype, dim, k.shape[2], device.arch)
     tiles = triton.cdiv(nq, settings.block_m)
     scalars: tuple[float, ...] = (scale, heads, nq, k.shape[2])
     if not settings.short:
@@ -142,14 +151,13 @@ def _bwd_launches(
     batch, heads, nq, dim = q.shape
     nk = k.shape[2]
     scalars = (scale, heads, nq, nk)
-    hopper = device.arch >= 90
-    settings = attention_settings("bwd", q.dtype, dim, nk, hopper)
+    settings = attention_settings("bwd", q.dtype, dim, nk, device.arch)
     if settings.short:
         rows = (q, k, v, out, dout, dq, dk, dv)
         return [_launch(_attention_short_bwd_kernel, settings, batch * heads, rows, (lse,), scalars)]
     # dQ goes first: it meets every row of dout and out, and leaves delta = sum(dout * out) for dK and dV
     delta = torch.empty_like(lse)
-    dq_settings = attention_settings("bwd_dq", q.dtype, dim, nk, hopper)
+    dq_settings = attention_settings("bwd_dq", q.dtype, dim, nk, device.arch)
     dq_programs = triton.cdiv(nq, dq_settings.block_m) * batch * heads
     dkv_programs = triton.cdiv(nk, settings.block_n) * batch * heads
     return [

@@ -163,7 +163,7 @@ def _fwd_launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, top: Tensor, log: Tensor, options: Options, device: Limits
 ) -> Launch:
     shape = (*q.shape[:3], k.shape[2])
-    settings = attention_settings("fwd", q.dtype, q.shape[3], shape[3], device.arch >= 90, general=True)
+    settings = attention_settings("fwd", q.dtype, q.shape[3], shape[3], device.arch, general=True)
     return _launch(_general_fwd_kernel, settings, (q, k, v, out), (top, log), options, shape)
 
 
@@ -173,7 +173,7 @@ def _bwd_launches(
 ) -> list[Launch]:  # fmt: skip
     shape = (*q.shape[:3], k.shape[2])
     dq_settings, dkv_settings = (
-        attention_settings(kernel, q.dtype, q.shape[3], shape[3], device.arch >= 90, general=True)
+        attention_settings(kernel, q.dtype, q.shape[3], shape[3], device.arch, general=True)
         for kernel in ("bwd_dq", "bwd")
     )
     delta = torch.empty_like(top)  # dQ leaves sum(dout * out) for dK and dV

@@ -349,3 +349,24 @@ def test_opcheck_of_ragged_batches():
     seed = torch.tensor([5], device=DEVICE)
     overload = torch.ops.fastvit.attention_varlen_fwd.default
     torch.library.opcheck(overload, (*inputs.values(), *where.values(), True, 0.2, seed, 0.125, "triton"))
+
+
+def test_index_arithmetic_past_two_to_the_31():
+    """Rows 2^26 elements apart, hardly any memory: the last sample, and the last row of the mask, lie past 2^31."""
+    gap, rows = 2**26, 45
+    buffer = torch.empty(gap * rows, dtype=BF16, device=DEVICE)
+    qkv = buffer.as_strided((rows, 3, 1, 32), (gap, 32, 32, 1)).copy_(torch.randn(rows, 3, 1, 32))
+    inputs = {name: t.detach().requires_grad_() for name, t in zip("qkv", qkv.unbind(1), strict=True)}
+    where = {"cu_seqlens": torch.tensor([0, 20, 40, rows], device=DEVICE), "max_seqlen": 20}
+    near = {name: t.detach().contiguous().requires_grad_() for name, t in inputs.items()}
+    assert_same(lambda **t: ops.attention_varlen(**t, **where), inputs, near)
+
+    mask = buffer.as_strided((rows, rows), (gap, 1)).fill_(0.0)
+    mask[40, ::2] = float("-inf")
+    inputs = heads(1, 1, rows, rows, 32, FP32) | {"attn_mask": mask}
+    assert_same(ops.attention, inputs, inputs | {"attn_mask": mask.clone(memory_format=torch.contiguous_format)})
+
+
+def assert_same(fn, inputs, others):
+    ours, expected = run_with_gradients(fn, inputs), run_with_gradients(fn, others)
+    assert all(torch.equal(ours[name], expected[name]) for name in ours)
