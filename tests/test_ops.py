@@ -256,11 +256,22 @@ def test_bad_options_are_named():
         ops.layernorm_mlp(**mlp, row_scale=torch.ones(2, requires_grad=True))
 
 
-@pytest.mark.parametrize("options", ["mask", "causal", "both"])
+def test_an_empty_sample_of_a_ragged_batch_leaves_no_trace():
+    inputs = make_inputs("attention_varlen", SMALL, 2, torch.float32)
+    empty = inputs | {"cu_seqlens": torch.tensor([0, 0, 5, 5, 7])}
+    for backend in ("torch", "reference"):
+        with use_backend(backend):
+            ours, expected = (run_with_gradients(ops.attention_varlen, case) for case in (empty, inputs))
+        for name, value in ours.items():
+            torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize("options", ["mask", "causal", "both", "vector"])
 def test_masks_run_on_plain_pytorch(options):
     inputs = make_inputs("attention", SMALL, 2, torch.float32)
-    mask = {"attn_mask": torch.rand(2, 1, 5, 5) > 0.2} if options != "causal" else {}
-    causal = {"is_causal": True} if options != "mask" else {}
+    shape = (5,) if options == "vector" else (2, 1, 5, 5)
+    mask = {"attn_mask": torch.rand(shape) > 0.2} if options != "causal" else {}
+    causal = {"is_causal": True} if options in ("causal", "both") else {}
     if mask:
         mask["attn_mask"][..., 0] = True
     ours = ops.attention(**inputs, **mask, **causal)
