@@ -69,7 +69,7 @@ def attention_settings(
     """
     hopper = arch >= 90
     if general:
-        return _general_settings(kernel, dtype, dim, hopper)
+        return _general_settings(kernel, dtype, dim, arch)
     for fewest, most, settings in ATTENTION_MEASURED.get((arch, kernel, str(dtype).removeprefix("torch."), dim), ()):
         if fewest <= keys <= most:
             return settings
@@ -97,7 +97,7 @@ def attention_settings(
     return AttentionSettings(cols, 32, 64, num_warps=8 if dim > 96 else 4)
 
 
-def _general_settings(kernel: str, dtype: Any, dim: int, hopper: bool) -> AttentionSettings:
+def _general_settings(kernel: str, dtype: Any, dim: int, arch: int) -> AttentionSettings:
     """Smaller tiles than plain calls take: a mask and the words of the random generator want registers too."""
     if dtype.itemsize == 4:
         cols = _fp32_cols(dim)
@@ -109,10 +109,10 @@ def _general_settings(kernel: str, dtype: Any, dim: int, hopper: bool) -> Attent
     wide = dim > 64
     cols = _half_cols(dim)
     if kernel == "fwd":
-        return AttentionSettings(cols, 128, 64 if hopper else 32, num_warps=8, num_stages=2 if wide else 3)
+        return AttentionSettings(cols, 128, 64 if arch // 10 == 9 else 32, num_warps=8, num_stages=2 if wide else 3)
     if kernel == "bwd_dq":
-        return AttentionSettings(cols, 64 if hopper or not wide else 32, 32)
-    if hopper:
+        return AttentionSettings(cols, 64 if arch >= 90 or not wide else 32, 32)
+    if arch >= 90:
         return AttentionSettings(cols, 32, 64, num_warps=4 if dim <= 80 else 8, max_registers=255)
     return AttentionSettings(power_of_two_parts(dim, 32, 1), 32, 32)
 

@@ -184,6 +184,23 @@ def test_dropout_of_a_packed_projection():
         torch.testing.assert_close(value, results[1][name])
 
 
+def test_packed_dropout_is_an_op_like_any_other():
+    qkv = torch.randn(2, 9, 3 * 32, device=DEVICE, requires_grad=True)
+    seed = torch.tensor([5], device=DEVICE)
+    overload = torch.ops.fastvit.attention_general_packed_fwd.default
+    torch.library.opcheck(overload, (qkv, 1, 0.2, seed, 0.125, "triton"))
+
+    def second(qkv):
+        torch.manual_seed(0)
+        output = ops.attention_packed(qkv, 1, dropout_p=0.3)
+        (grad,) = torch.autograd.grad(output.square().sum(), qkv, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), qkv)[0]
+
+    ours = second(qkv)
+    with use_backend("reference"):
+        assert_as_accurate(ours, second(qkv), second(qkv.detach().double().requires_grad_()))
+
+
 def weights_of(dropout_p, seed, size=(2, 3, 64, 128)):
     """The weights that an attention with equal scores uses, through v = one-hot keys, times the number of keys."""
     batch, num_heads, queries, keys = size

@@ -270,8 +270,7 @@ def _run_triton(q, k, v, attn_mask, is_causal, dropout_p, scale):
 
 def _run_triton_packed(qkv, num_heads, dropout_p, scale):
     if dropout_p > 0.0:
-        q, k, v = reference.unpack_qkv(qkv, num_heads)
-        return _attention_general.run(q, k, v, None, False, dropout_p, scale).transpose(1, 2).flatten(2)
+        return _attention_general.run_packed(qkv, num_heads, dropout_p, scale)
     return _packed_fwd_op(qkv, num_heads, scale, "triton")[0]
 
 
