@@ -94,8 +94,9 @@ def aot_cases(arch: int = 90) -> list[AotCase]:
     """The options one by one at D = 64, and all together at every way to cut a head dim."""
     meta: dict[str, Any] = {"device": "meta"}
     seed = torch.empty(1, dtype=torch.int64, **meta)
-    mask = torch.empty(2, 1, 1, 197, **meta)
+    mask = torch.empty(2, 1, 197, 197, **meta)
     alone = {
+        "keys": Options(0.125, attn_mask=mask[:, :, :1].bool()),
         "bool": Options(0.125, attn_mask=mask.bool()),
         "float": Options(0.125, attn_mask=mask),
         "dropout": Options(0.125, dropout_p=0.1, dropout_seed=seed),
@@ -145,6 +146,7 @@ def _launch(
         options.scale, threshold, 1.0 / (1.0 - options.dropout_p), heads, nq, nk, tiles,
     )  # fmt: skip
     constexprs = {"D": rows[0].shape[-1], "UNIT": unit, "CAUSAL": options.is_causal}
+    constexprs["ONE_ROW"] = mask_strides[2] == 0  # one row of the mask, e.g. the padding of keys, serves every query
     return Launch.of(kernel, (tiles * batch * heads,), arguments, constexprs, settings)
 
 
@@ -203,15 +205,19 @@ def _sample(cu_ptr, b, Nq, Nk):
 
 
 @triton.jit
-def _scores(products, scale, mask_ptr, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, CAUSAL: tl.constexpr):
+def _scores(
+    products, scale, mask_ptr, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, CAUSAL: tl.constexpr, ONE_ROW: tl.constexpr
+):
     """scale * products + mask; -inf for pairs that take no part. offs_m, offs_n broadcast to products' shape."""
     takes_part = offs_n < Nk
     if CAUSAL:
         takes_part = takes_part & (offs_n <= offs_m)
     scores = products * scale
     if mask_ptr is not None:
-        ptrs = mask_ptr + (offs_m.to(tl.int64) * stride_mm + offs_n.to(tl.int64) * stride_mn)
-        mask = tl.load(ptrs, mask=(offs_m < Nq) & (offs_n < Nk), other=0)
+        ptrs, inside = mask_ptr + offs_n.to(tl.int64) * stride_mn, offs_n < Nk
+        if not ONE_ROW:
+            ptrs, inside = ptrs + offs_m.to(tl.int64) * stride_mm, inside & (offs_m < Nq)
+        mask = tl.load(ptrs, mask=inside, other=0)
         if mask_ptr.dtype.element_ty == tl.uint8:
             takes_part = takes_part & (mask != 0)
         else:
@@ -234,7 +240,7 @@ def _general_fwd_kernel(
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     stride_sb, stride_sh, stride_mb, stride_mh, stride_mm, stride_mn,
     scale, threshold, keep_scale, H, Nq, Nk, tiles,
-    D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, ONE_ROW: tl.constexpr,
     COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries against all keys, block by block, with a running row maximum."""
@@ -262,9 +268,8 @@ def _general_fwd_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
         v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
-        scores = _scores(
-            inner(q, k), scale, mask_ptr, stride_mm, stride_mn, offs_m[:, None], offs_n[None, :], Nq, Nk, CAUSAL
-        )
+        m, n = offs_m[:, None], offs_n[None, :]
+        scores = _scores(inner(q, k), scale, mask_ptr, stride_mm, stride_mn, m, n, Nq, Nk, CAUSAL, ONE_ROW)
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         # a row without a key so far: -inf - -inf would be NaN
         top = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -272,7 +277,7 @@ def _general_fwd_kernel(
         shrink = tl.exp2((row_max - top) * _LOG2_E)
         row_sum = row_sum * shrink + tl.sum(p, 1)
         if seed_ptr is not None:
-            p = tl.where(_kept(seed_ptr, threshold, b * H + h, offs_m[:, None], offs_n[None, :]), p, 0.0)
+            p = tl.where(_kept(seed_ptr, threshold, b * H + h, m, n), p, 0.0)
         acc = outer(p, v, scaled(acc, shrink[:, None]))
         row_max = new_max
     masked_out = row_sum == 0.0
@@ -291,7 +296,7 @@ def _general_bwd_dq_kernel(
     stride_ob, stride_oh, stride_on, stride_dob, stride_doh, stride_don, stride_dqb, stride_dqh, stride_dqn,
     stride_sb, stride_sh, stride_mb, stride_mh, stride_mm, stride_mn,
     scale, threshold, keep_scale, H, Nq, Nk, tiles,
-    D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, ONE_ROW: tl.constexpr,
     COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries: delta = sum(dout * out), then dQ = scale * dS K with dS = P * (dP - delta)."""
@@ -324,13 +329,12 @@ def _general_bwd_dq_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
         v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
-        scores = _scores(
-            inner(q, k), scale, mask_ptr, stride_mm, stride_mn, offs_m[:, None], offs_n[None, :], Nq, Nk, CAUSAL
-        )
+        m, n = offs_m[:, None], offs_n[None, :]
+        scores = _scores(inner(q, k), scale, mask_ptr, stride_mm, stride_mn, m, n, Nq, Nk, CAUSAL, ONE_ROW)
         p = tl.exp2((scores - top[:, None]) * _LOG2_E - log[:, None])
         dp = inner(dout, v)
         if seed_ptr is not None:
-            kept = _kept(seed_ptr, threshold, b * H + h, offs_m[:, None], offs_n[None, :])
+            kept = _kept(seed_ptr, threshold, b * H + h, m, n)
             dp = tl.where(kept, dp * keep_scale, 0.0)
         dq = outer(p * (dp - delta[:, None]), k, dq)
     store(dq_ptr, offs_m, stride_dqn, Nq, scaled(dq, scale), D, UNIT, COLS)
@@ -343,7 +347,7 @@ def _general_bwd_dkv_kernel(
     stride_dob, stride_doh, stride_don, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     stride_sb, stride_sh, stride_mb, stride_mh, stride_mm, stride_mn,
     scale, threshold, keep_scale, H, Nq, Nk, tiles,
-    D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, ONE_ROW: tl.constexpr,
     COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: dV = P^T dout, dK = scale * dS^T Q. Scores are (keys, queries): P^T needs no turning."""
@@ -377,13 +381,12 @@ def _general_bwd_dkv_kernel(
         top = tl.load(top_ptr + statistics + offs_m, mask=offs_m < Nq, other=float("inf"))
         log = tl.load(log_ptr + statistics + offs_m, mask=offs_m < Nq, other=0.0)
         delta = tl.load(delta_ptr + statistics + offs_m, mask=offs_m < Nq, other=0.0)
-        scores = _scores(
-            inner(k, q), scale, mask_ptr, stride_mm, stride_mn, offs_m[None, :], offs_n[:, None], Nq, Nk, CAUSAL
-        )
+        m, n = offs_m[None, :], offs_n[:, None]
+        scores = _scores(inner(k, q), scale, mask_ptr, stride_mm, stride_mn, m, n, Nq, Nk, CAUSAL, ONE_ROW)
         p = tl.exp2((scores - top[None, :]) * _LOG2_E - log[None, :])
         dp = inner(v, dout)
         if seed_ptr is not None:
-            kept = _kept(seed_ptr, threshold, b * H + h, offs_m[None, :], offs_n[:, None])
+            kept = _kept(seed_ptr, threshold, b * H + h, m, n)
             dp = tl.where(kept, dp * keep_scale, 0.0)
             dv = outer(tl.where(kept, p, 0.0), dout, dv)
         else:
