@@ -109,6 +109,8 @@ def _general_settings(kernel: str, dtype: Any, dim: int, arch: int) -> Attention
     wide = dim > 64
     cols = _half_cols(dim)
     if kernel == "fwd":
+        if arch < 90 and wide:
+            return AttentionSettings(cols, 64, 32)
         return AttentionSettings(cols, 128, 64 if arch // 10 == 9 else 32, num_warps=8, num_stages=2 if wide else 3)
     if kernel == "bwd_dq":
         return AttentionSettings(cols, 64 if arch >= 90 or not wide else 32, 32)
