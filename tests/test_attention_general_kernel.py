@@ -14,6 +14,8 @@ from fastvit.dispatch import Unsupported, use_backend
 from fastvit.testing import assert_as_accurate, cast_inputs, run_with_gradients, sliced
 
 pytest.importorskip("triton", reason="triton is not installed")
+from fastvit.kernels._configs import Limits
+
 from fastvit.kernels import attention_general as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -170,6 +172,14 @@ def test_dropout_is_the_reference_with_the_same_seed(dtype, queries, keys):
 def test_dropout_with_every_other_option():
     mask = torch.randn(2, 1, 40, 40, device=DEVICE)
     assert_parity(heads(2, 2, 40, 40, 80, BF16), attn_mask=mask, is_causal=True, dropout_p=0.2)
+
+
+@pytest.mark.parametrize("arch", [80, 100])
+@pytest.mark.parametrize(("dim", "dtype"), [(64, BF16), (96, BF16), (40, FP32)], ids=str)
+def test_the_tiles_of_other_devices(monkeypatch, arch, dim, dtype):
+    monkeypatch.setattr(kernels, "limits", lambda device: Limits.of_arch(arch))
+    mask = torch.rand(1, 1, 70, 75, device=DEVICE) > 0.3
+    assert_parity(heads(1, 1, 70, 75, dim, dtype), attn_mask=mask, dropout_p=0.2)
 
 
 def test_dropout_of_a_packed_projection():
