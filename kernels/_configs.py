@@ -111,7 +111,10 @@ def _general_settings(kernel: str, dtype: Any, dim: int, arch: int) -> Attention
     if kernel == "fwd":
         if arch < 90 and wide:
             return AttentionSettings(cols, 64, 32)
-        return AttentionSettings(cols, 128, 64 if arch // 10 == 9 else 32, num_warps=8, num_stages=2 if wide else 3)
+        stages = 2 if wide else 3
+        if arch // 10 == 9:
+            return AttentionSettings(cols, 128, 64, num_warps=8, num_stages=stages)
+        return AttentionSettings(cols, 128, 32, num_warps=8, num_stages=stages, max_registers=255)
     if kernel == "bwd_dq":
         return AttentionSettings(cols, 64 if arch >= 90 or not wide else 32, 32)
     if arch >= 90:
