@@ -1,6 +1,7 @@
 """Compile every shipped kernel setting without a GPU, and hold it to its resources.
 
 Triton: each ``aot_cases()`` of fastvit.kernels for sm_80, sm_90 and sm_100. CUDA: the rows of benchmarks/aot_cuda.py.
+The waste of an attention kernel is the share of its matrix products that falls on padding, at the length in its name.
 Rules: no spills, shared memory within the block's limit, and wgmma on sm_90 wherever 16-bit matrices are multiplied.
 
     python benchmarks/aot.py [--only TEXT] [--arch 90] [--full] [--json FILE]
@@ -25,7 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-MODULES = ("attention", "patch_embed")
+MODULES = ("attention", "attention_general", "patch_embed")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")  # fastest first
 DOT_16 = re.compile(r"tt\.dot .*(bf16|f16)>")
@@ -60,6 +61,8 @@ def compile_one(module: str, index: int, arch: int) -> dict[str, Any]:
         "dot_16": DOT_16.search(compiled.asm["ttir"]) is not None,
         "seconds": time.monotonic() - start,
     }
+    if case.waste is not None:
+        row["waste"] = case.waste
     return row | {"problems": problems(row)}
 
 
@@ -120,7 +123,7 @@ def main() -> int:
     archs = args.arch or list(SHARED_LIMIT)
     start = time.monotonic()
     rows = []
-    print(f"{'kernel':<58} {'arch':>4} {'regs':>5} {'shared':>7} {'spills':>6} matrix")
+    print(f"{'kernel':<58} {'arch':>4} {'regs':>5} {'shared':>7} {'spills':>6} {'matrix':<15} waste")
     for source in (triton_rows(archs, args.only, args.full, args.workers), cuda_rows(archs, args.only)):
         for row in source:
             rows.append(row)
@@ -128,6 +131,7 @@ def main() -> int:
             print(
                 f"{row['kernel']:<58} {row['arch']:>4} {found[0]:>5} {found[1]:>7} {found[2]:>6} "
                 + (row.get("matrix") or "-").ljust(15)
+                + (f"{row['waste']:6.0%}" if "waste" in row else "")
                 + "".join(f"  FAILED: {problem}" for problem in row["problems"]),
                 flush=True,
             )

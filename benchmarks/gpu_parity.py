@@ -12,7 +12,15 @@ from fastvit.model import create_model
 from fastvit.parity import model_rows, op_rows
 from fastvit.testing import VIT_SHAPES
 
-OPS = ("patch_embed", "attention", "attention_packed", "layernorm_linear", "linear_residual", "layernorm_mlp")
+OPS = (
+    "patch_embed",
+    "attention",
+    "attention_packed",
+    "attention_varlen",
+    "layernorm_linear",
+    "linear_residual",
+    "layernorm_mlp",
+)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -9,6 +9,7 @@
 
 from . import ops, reference
 from .accelerate import accelerate, explain, restore
+from .attention_maps import attention_maps
 from .checkpoints import load_checkpoint, save_checkpoint
 from .dispatch import Unsupported, use_backend
 from .model import VisionTransformer, create_model
@@ -21,6 +22,7 @@ __all__ = [
     "VisionTransformer",
     "__version__",
     "accelerate",
+    "attention_maps",
     "create_model",
     "explain",
     "load_checkpoint",

@@ -11,6 +11,8 @@ Shape letters, used throughout the package:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,18 +86,33 @@ def attention(
     *,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Multi-head attention, ``softmax(q k^T * scale + mask) v``.
+    """Multi-head attention, ``dropout(softmax(q k^T * scale + mask)) v``.
 
-    q          (B, H, Nq, D)
-    k, v       (B, H, Nk, D)
-    attn_mask  broadcastable to (B, H, Nq, Nk); bool (True takes part) or float (added to the scores)
-    scale      default D ** -0.5
-    returns    (B, H, Nq, D); a query whose every key is masked gets zeros
+    q             (B, H, Nq, D)
+    k, v          (B, H, Nk, D)
+    attn_mask     broadcastable to (B, H, Nq, Nk); bool (True takes part) or float (added to the scores)
+    is_causal     query m attends to keys 0 to m
+    dropout_p     probability of dropping a weight; the others grow by 1 / (1 - dropout_p)
+    dropout_seed  (1,) int64; see dropout_keeps
+    scale         default D ** -0.5
+    returns       (B, H, Nq, D); a query whose every key is masked gets zeros
 
     Source: "Attention Is All You Need" (Vaswani et al., 2017).
     """
+    weights = attention_weights(q, k, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+    if dropout_p > 0.0 and dropout_seed is not None:
+        weights = weights * dropout_keeps(dropout_seed, dropout_p, weights.shape) / (1.0 - dropout_p)
+    return weights.to(v.dtype) @ v
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None
+) -> Tensor:
+    """The weights (B, H, Nq, Nk) that ``attention`` gives to v, before dropout."""
     scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -105,18 +122,94 @@ def attention(
     elif attn_mask is not None:
         scores = scores + attn_mask
     masked_out = (scores == float("-inf")).all(dim=-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(masked_out, 0.0), dim=-1).masked_fill(masked_out, 0.0)
-    return weights @ v
+    return torch.softmax(scores.masked_fill(masked_out, 0.0), dim=-1).masked_fill(masked_out, 0.0)
 
 
-def attention_packed(qkv: Tensor, num_heads: int, *, scale: float | None = None) -> Tensor:
+def dropout_keeps(seed: Tensor, dropout_p: float, shape: Sequence[int]) -> Tensor:
+    """Which attention weights (B, H, Nq, Nk) dropout keeps: a pure function of the seed and a weight's place.
+
+    seed   (1,) int64    the key of Philox-4x32-10; the counter is (key, query, sample * H + head, 0)
+
+    A weight is kept if the upper 24 bits of the first random word reach dropout_p * 2^24. Source: "Parallel Random
+    Numbers: As Easy as 1, 2, 3" (Salmon et al., 2011).
+    """
+    batch, heads, queries, keys = shape
+    word = 0xFFFFFFFF
+    places = (keys, queries, batch * heads)
+    c0, c1, c2 = (torch.arange(size, device=seed.device) for size in places)
+    c0, c1, c2 = torch.broadcast_tensors(c0, c1.view(-1, 1), c2.view(batch, heads, 1, 1))
+    c3 = torch.zeros_like(c0)
+    k0, k1 = seed & word, (seed >> 32) & word
+    for _ in range(10):
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64-bit products; int64 wraps without losing a bit
+        c0, c1 = ((high >> 32) & word) ^ c1 ^ k0, high & word
+        c2, c3 = ((low >> 32) & word) ^ c3 ^ k1, low & word
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    return (c0 >> 8) >= round(dropout_p * 2**24)
+
+
+def attention_packed(
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """Self-attention on a packed projection.
 
     qkv      (B, N, 3 * H * D)  ordered q, k, v, then head, then head dim
     returns  (B, N, H * D)
+
+    Otherwise as ``attention``.
     """
     q, k, v = unpack_qkv(qkv, num_heads)
-    return attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    out = attention(q, k, v, dropout_p=dropout_p, dropout_seed=dropout_seed, scale=scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Self-attention within each of S samples whose rows lie one after another.
+
+    q, k, v     (T, H, D)
+    cu_seqlens  (S + 1,)   int: sample s has the rows from cu_seqlens[s] to cu_seqlens[s + 1]
+    max_seqlen             of rows in a sample
+    returns     (T, H, D)
+
+    Otherwise as ``attention``.
+    """
+    heads, mask = pad_samples((q, k, v), cu_seqlens, max_seqlen)
+    dropout = {"dropout_p": dropout_p, "dropout_seed": dropout_seed}
+    out = attention(*heads, attn_mask=mask, is_causal=is_causal, scale=scale, **dropout)  # type: ignore[arg-type]
+    return unpad_samples(out, cu_seqlens, q.shape[0])
+
+
+def pad_samples(rows: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int) -> tuple[list[Tensor], Tensor]:
+    """Tensors (T, H, D) as (S, H, max_seqlen, D), zeros after a sample's end, and their mask (S, 1, 1, max_seqlen)."""
+    begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    index = begin[:, None] + torch.arange(max_seqlen, device=cu_seqlens.device)
+    inside = index < end[:, None]
+    index = torch.where(inside, index, 0)
+    padded = [t[index].masked_fill(~inside[..., None, None], 0).transpose(1, 2) for t in rows]
+    return padded, inside[:, None, None, :]
+
+
+def unpad_samples(padded: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
+    """The inverse: (S, H, max_seqlen, D) as (rows, H, D)."""
+    row = torch.arange(rows, device=cu_seqlens.device)
+    sample = torch.searchsorted(cu_seqlens.long(), row, right=True) - 1
+    return padded.transpose(1, 2)[sample, row - cu_seqlens.long()[sample]]
 
 
 def unpack_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -62,6 +62,11 @@ def make_inputs(op: str, shape: Shape, batch: int, dtype: torch.dtype, device: s
         return {"q": draw(*size), "k": draw(*size), "v": draw(*size)}
     if op == "attention_packed":
         return {"qkv": draw(batch, tokens, 3 * dim), "num_heads": shape.num_heads}
+    if op == "attention_varlen":  # every second sample is half as long
+        lengths = torch.tensor([0] + [tokens if index % 2 == 0 else tokens // 2 for index in range(batch)])
+        cu_seqlens = lengths.cumsum(0).to(device=device, dtype=torch.int32)
+        rows = (int(cu_seqlens[-1]), shape.num_heads, shape.head_dim)
+        return {"q": draw(*rows), "k": draw(*rows), "v": draw(*rows), "cu_seqlens": cu_seqlens, "max_seqlen": tokens}
     if op == "layernorm_linear":
         return {
             "x": draw(batch, tokens, dim),

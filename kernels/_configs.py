@@ -18,6 +18,7 @@ class AotCase:
     num_stages: int
     divisible: tuple[str, ...] = ()  # arguments (pointers, strides) that are multiples of 16
     max_registers: int | None = None
+    waste: float | None = None  # share of the matrix products that falls on padding
 
     def compile(self, arch: int) -> Any:
         """Compile for sm_<arch> (80, 90, 100); needs no GPU. The result holds ``asm`` and ``metadata``."""
@@ -53,21 +54,34 @@ class AttentionSettings:
         return {**tiles, "KEYS": self.keys} if self.keys else {**tiles, "BLOCK_N": self.block_n}
 
 
-def attention_settings(kernel: str, dtype: Any, dim: int, keys: int, hopper: bool = True) -> AttentionSettings:
-    """Settings of ``kernel`` for a dtype, head dim and number of keys.
+# (sm, kernel, dtype, head dim) -> ((fewest keys, most keys, settings), ...), as benchmarks/tune_attention.py prints it
+ATTENTION_MEASURED: dict[tuple[int, str, str, int], tuple[tuple[int, int, AttentionSettings], ...]] = {}
+
+
+def attention_settings(
+    kernel: str, dtype: Any, dim: int, keys: int, arch: int = 90, general: bool = False
+) -> AttentionSettings:
+    """Settings of ``kernel`` for a dtype, head dim and number of keys: the measured ones, or those of the rule below.
 
     kernel   "fwd"; "bwd", which is the short form or the one of dK and dV; "bwd_dq", which goes with the latter
-    hopper   operands may lie in shared memory (sm_90 and later); before, they take registers and tiles must be smaller
+    arch     from sm_90 operands may lie in shared memory; before, they take registers and tiles must be smaller
+    general  with masks, dropout or ragged batches: streams at every length
     """
-    if dtype.itemsize == 4:  # IEEE products run on the plain FMA units, whose operands pass through registers
-        cols = tuple(32 if dim - start > 16 else 16 for start in range(0, dim, 32))
+    hopper = arch >= 90
+    if general:
+        return _general_settings(kernel, dtype, dim, arch)
+    for fewest, most, settings in ATTENTION_MEASURED.get((arch, kernel, str(dtype).removeprefix("torch."), dim), ()):
+        if fewest <= keys <= most:
+            return settings
+    if dtype.itemsize == 4:
+        cols = _fp32_cols(dim)
         if kernel == "fwd":
             return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168 if dim <= 96 else 255)
         if kernel == "bwd_dq":
             return AttentionSettings(cols, 32, 16, max_registers=168)
         return AttentionSettings(cols, 16, 32, num_warps=8, max_registers=168)
     wide = dim > 64
-    cols = power_of_two_parts(dim, 16, 2) if wide else power_of_two_parts(dim, 32, 1)
+    cols = _half_cols(dim)
     if kernel == "fwd":
         tiles = power_of_two_parts(keys, 16, 3)
         if sum(tiles) <= (256 if hopper else 224) and not wide:
@@ -81,6 +95,40 @@ def attention_settings(kernel: str, dtype: Any, dim: int, keys: int, hopper: boo
     if hopper:
         return AttentionSettings(cols, 64 if dim <= 80 else 32, 64, max_registers=255)
     return AttentionSettings(cols, 32, 64, num_warps=8 if dim > 96 else 4)
+
+
+def _general_settings(kernel: str, dtype: Any, dim: int, arch: int) -> AttentionSettings:
+    """Smaller tiles than plain calls take: a mask and the words of the random generator want registers too."""
+    if dtype.itemsize == 4:
+        cols = _fp32_cols(dim)
+        if kernel == "fwd":
+            return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168 if dim <= 96 else 255)
+        if kernel == "bwd_dq":
+            return AttentionSettings(cols, 32, 16, num_warps=8, num_stages=1, max_registers=255)
+        return AttentionSettings(cols, 16, 16, num_stages=1, max_registers=255)
+    wide = dim > 64
+    cols = _half_cols(dim)
+    if kernel == "fwd":
+        if arch < 90 and wide:
+            return AttentionSettings(cols, 64, 32)
+        stages = 2 if wide else 3
+        if arch // 10 == 9:
+            return AttentionSettings(cols, 128, 64, num_warps=8, num_stages=stages)
+        return AttentionSettings(cols, 128, 32, num_warps=8, num_stages=stages, max_registers=255)
+    if kernel == "bwd_dq":
+        return AttentionSettings(cols, 64 if arch >= 90 or not wide else 32, 32)
+    if arch >= 90:
+        return AttentionSettings(cols, 32, 64, num_warps=4 if dim <= 80 else 8, max_registers=255)
+    return AttentionSettings(power_of_two_parts(dim, 32, 1), 32, 32)
+
+
+def _fp32_cols(dim: int) -> tuple[int, ...]:
+    """IEEE products run on the plain FMA units, whose operands pass through registers."""
+    return tuple(32 if dim - start > 16 else 16 for start in range(0, dim, 32))
+
+
+def _half_cols(dim: int) -> tuple[int, ...]:
+    return power_of_two_parts(dim, 16, 2) if dim > 64 else power_of_two_parts(dim, 32, 1)
 
 
 def power_of_two_parts(size: int, unit: int, count: int) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ._configs import AotCase, Limits
 
-_TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8"}
+_TYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+_TYPE_NAMES |= {torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 
 
 @cache
@@ -24,23 +25,41 @@ def limits(device: torch.device) -> Limits:
     return Limits(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
+def unit_strides(rows: tuple[Tensor, ...]) -> tuple[int, list[int]]:
+    """(unit, leading strides of all in it). The unit is 8 elements if all strides allow it: 16-byte loads then."""
+    strides = [stride for tensor in rows for stride in tensor.stride()[:-1]]
+    unit = 1 if any(stride % 8 for stride in strides) else 8
+    return unit, [stride // unit for stride in strides]
+
+
 @dataclass(frozen=True)
 class Launch:
     kernel: Any
     grid: tuple[int, ...]
-    arguments: tuple[Any, ...]  # tensors, integers and None, in the kernel's order
+    arguments: tuple[Any, ...]  # tensors, numbers and None, in the kernel's order
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
     @classmethod
     def of(cls, kernel: Any, grid: tuple[int, ...], arguments: tuple, constexprs: dict, settings: Any) -> Launch:
-        """``settings`` names its tiles in ``constexprs()`` and has num_warps and num_stages."""
+        """``settings`` names its tiles in ``constexprs()`` and has num_warps, num_stages and perhaps max_registers."""
         constexprs = {**constexprs, **settings.constexprs()}
-        return cls(kernel, grid, arguments, constexprs, settings.num_warps, settings.num_stages)
+        registers = getattr(settings, "max_registers", None)
+        return cls(kernel, grid, arguments, constexprs, settings.num_warps, settings.num_stages, registers)
 
     def run(self) -> None:
-        self.kernel[self.grid](*self.arguments, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages)
+        with torch.cuda.device_of(self.arguments[0]):
+            self.kernel[self.grid](
+                *self.arguments, **self.constexprs,
+                num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self.max_registers,
+            )  # fmt: skip
+
+    @property
+    def tiles(self) -> tuple[Any, ...]:
+        """What tells two binaries of one kernel and dtype apart."""
+        return self.constexprs, self.num_warps, self.num_stages, self.max_registers
 
     def aot_case(self, name: str) -> AotCase:
         """The same launch, specialised as the JIT would."""
@@ -54,7 +73,8 @@ class Launch:
                 divisible.append(key)
         signature |= dict.fromkeys(self.constexprs, "constexpr")
         ordered = {key: signature[key] for key in params}
-        return AotCase(name, self.kernel, ordered, constexprs, self.num_warps, self.num_stages, tuple(divisible))
+        options = (self.num_warps, self.num_stages, tuple(divisible), self.max_registers)
+        return AotCase(name, self.kernel, ordered, constexprs, *options)
 
 
 def _type_name(value: Any, general: bool) -> str:
@@ -63,4 +83,6 @@ def _type_name(value: Any, general: bool) -> str:
         return f"*{_TYPE_NAMES[value.dtype]}"
     if value is None or (value == 1 and not general):
         return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"

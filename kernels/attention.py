@@ -10,7 +10,7 @@ Meaning: fastvit.reference.attention. Source of the ideas: "FlashAttention-2" (D
 # ruff: noqa: RUF005 - Triton knows no (*parts, part)
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configs import AotCase, AttentionSettings, Limits, attention_settings
-from ._launch import limits
+from ._launch import Launch, limits, unit_strides
 from ._math import cast
 from ._tiles import before, inner, load, load_tiles, outer, outer_t, row_sum, scaled, store, zeros, zeros_t
 
@@ -93,8 +93,16 @@ def aot_cases(arch: int = 90) -> list[AotCase]:
         launches += _bwd_launches(out, q, k, v, out, lse, 0.125, q, k, v, device)
         for launch in launches:
             name = f"{launch.kernel.fn.__name__.strip('_')}_{str(dtype).removeprefix('torch.')}_d{dim}_n{length}"
-            cases.setdefault((launch.kernel.fn.__name__, launch.settings, dtype, dim), launch.aot_case(name))
+            case = replace(launch.aot_case(name), waste=_waste(launch.constexprs, length))
+            cases.setdefault((launch.kernel.fn.__name__, dtype, repr(launch.tiles)), case)
     return list(cases.values())
+
+
+def _waste(tiles: dict[str, Any], tokens: int) -> float:
+    """Share of a head's products that falls on padding, of queries, keys and columns."""
+    queries = triton.cdiv(tokens, tiles["BLOCK_M"]) * tiles["BLOCK_M"]
+    keys = sum(tiles["KEYS"]) if "KEYS" in tiles else triton.cdiv(tokens, tiles["BLOCK_N"]) * tiles["BLOCK_N"]
+    return 1 - tokens * tokens * tiles["D"] / (queries * keys * sum(tiles["COLS"]))
 
 
 def _check(q: Tensor, scale: float) -> None:
@@ -109,37 +117,6 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@dataclass(frozen=True)
-class _Launch:
-    """A kernel, its arguments in order, its constants and its settings."""
-
-    kernel: Any
-    programs: int
-    tensors: tuple[Tensor, ...]
-    scalars: tuple[float, ...]
-    constexprs: dict[str, Any]
-    settings: AttentionSettings
-
-    def run(self) -> None:
-        with torch.cuda.device_of(self.tensors[0]):
-            self.kernel[(self.programs,)](
-                *self.tensors, *self.scalars, **self.constexprs,
-                num_warps=self.settings.num_warps, num_stages=self.settings.num_stages,
-                maxnreg=self.settings.max_registers,
-            )  # fmt: skip
-
-    def aot_case(self, name: str) -> AotCase:
-        kinds = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-        types = [kinds[t.dtype] for t in self.tensors]
-        types += ["fp32" if isinstance(value, float) else "i32" for value in self.scalars]
-        types += ["constexpr"] * len(self.constexprs)
-        names = self.kernel.arg_names
-        signature = dict(zip(names, types, strict=True))
-        pointers = tuple(names[: len(self.tensors)])
-        options = (self.settings.num_warps, self.settings.num_stages, pointers, self.settings.max_registers)
-        return AotCase(name, self.kernel, signature, self.constexprs, *options)
-
-
 def _launch(
     kernel: Any,
     settings: AttentionSettings,
@@ -147,18 +124,16 @@ def _launch(
     rows: tuple[Tensor, ...],
     statistics: tuple[Tensor, ...],
     scalars: tuple[float, ...],
-) -> _Launch:
-    """``rows`` are (B, H, N, D) tensors. Strides count in units of 8 elements if all allow it: 16-byte loads then."""
-    strides = [stride for tensor in rows for stride in tensor.stride()[:3]]
-    unit = 1 if any(stride % 8 for stride in strides) else 8
-    strides = [stride // unit for stride in strides]
-    constexprs = {"D": rows[0].shape[-1], "UNIT": unit, **settings.constexprs()}
-    return _Launch(kernel, programs, rows + statistics, (*strides, *scalars), constexprs, settings)
+) -> Launch:
+    """``rows`` are (B, H, N, D) tensors."""
+    unit, strides = unit_strides(rows)
+    constexprs = {"D": rows[0].shape[-1], "UNIT": unit}
+    return Launch.of(kernel, (programs,), (*rows, *statistics, *strides, *scalars), constexprs, settings)
 
 
-def _fwd_launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, device: Limits) -> _Launch:
+def _fwd_launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, device: Limits) -> Launch:
     batch, heads, nq, dim = q.shape
-    settings = attention_settings("fwd", q.dtype, dim, k.shape[2], device.arch >= 90)
+    settings = attention_settings("fwd", q.dtype, dim, k.shape[2], device.arch)
     tiles = triton.cdiv(nq, settings.block_m)
     scalars: tuple[float, ...] = (scale, heads, nq, k.shape[2])
     if not settings.short:
@@ -172,18 +147,17 @@ def _fwd_launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale
 def _bwd_launches(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, dq: Tensor, dk: Tensor,
     dv: Tensor, device: Limits,
-) -> list[_Launch]:  # fmt: skip
+) -> list[Launch]:  # fmt: skip
     batch, heads, nq, dim = q.shape
     nk = k.shape[2]
     scalars = (scale, heads, nq, nk)
-    hopper = device.arch >= 90
-    settings = attention_settings("bwd", q.dtype, dim, nk, hopper)
+    settings = attention_settings("bwd", q.dtype, dim, nk, device.arch)
     if settings.short:
         rows = (q, k, v, out, dout, dq, dk, dv)
         return [_launch(_attention_short_bwd_kernel, settings, batch * heads, rows, (lse,), scalars)]
     # dQ goes first: it meets every row of dout and out, and leaves delta = sum(dout * out) for dK and dV
     delta = torch.empty_like(lse)
-    dq_settings = attention_settings("bwd_dq", q.dtype, dim, nk, hopper)
+    dq_settings = attention_settings("bwd_dq", q.dtype, dim, nk, device.arch)
     dq_programs = triton.cdiv(nq, dq_settings.block_m) * batch * heads
     dkv_programs = triton.cdiv(nk, settings.block_n) * batch * heads
     return [

@@ -52,8 +52,7 @@ def patch_embed_fwd(
     num_tokens = view.num_patches + (0 if prefix is None else prefix.shape[0])
     tokens = weight.new_empty((images.shape[0], num_tokens, weight.shape[0]), dtype=dtype)
     if tokens.numel() > 0:
-        with torch.cuda.device_of(images):
-            _forward(view, images, weight, bias, pos_embed, prefix, mean, std, tokens, limits(images.device)).run()
+        _forward(view, images, weight, bias, pos_embed, prefix, mean, std, tokens, limits(images.device)).run()
     return tokens
 
 
@@ -76,10 +75,9 @@ def patch_embed_bwd(
                                  sum of its patch rows
     """
     dout = dout.contiguous()
-    with torch.cuda.device_of(images):
-        dimages = _image_gradient(dout, images, weight, num_prefix, std) if mask[0] else None
-        dweight = _weight_gradient(dout, images, weight, num_prefix, mean, std) if mask[1] else None
-        token_sum = _sum_leading(dout, dout.new_empty(dout.shape[1:], dtype=torch.float32)) if mask[2] else None
+    dimages = _image_gradient(dout, images, weight, num_prefix, std) if mask[0] else None
+    dweight = _weight_gradient(dout, images, weight, num_prefix, mean, std) if mask[1] else None
+    token_sum = _sum_leading(dout, dout.new_empty(dout.shape[1:], dtype=torch.float32)) if mask[2] else None
     return dimages, dweight, token_sum
 
 

@@ -247,6 +247,21 @@ def test_offsets_past_two_to_the_31():
         assert_as_accurate(value[-1:], eager[name], exact[name], name)
 
 
+def far_apart(tokens, dim, dtype):
+    """Packed q, k, v of two samples more than 2^31 elements apart: address space, hardly any memory."""
+    gap, row = 2**31 + 8, 3 * dim
+    buffer = torch.empty(gap + tokens * row, dtype=dtype, device=DEVICE)
+    qkv = buffer.as_strided((2, tokens, 3, 1, dim), (gap, row, dim, dim, 1))
+    qkv.copy_(torch.randn(qkv.shape))
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(20, BF16), (260, BF16), (20, FP32)], ids=str)
+def test_index_arithmetic_past_two_to_the_31(tokens, dtype):
+    """An offset of 32 bits would read, and write, somewhere else."""
+    assert_parity(*far_apart(tokens, 64, dtype), grads=far_apart(tokens, 64, dtype))
+
+
 def test_refusals():
     q, k, v = packed(1, 4, 1, 32, FP32)
     with pytest.raises(ValueError, match=r"scale is -1.0, expected a number > 0"):
@@ -263,9 +278,9 @@ def test_refusals():
 
 
 def test_settings_cover_every_size():
-    for dim, keys, dtype, hopper in product(range(32, 129, 8), range(1, 300), (FP32, BF16), (True, False)):
+    for dim, keys, dtype, arch in product(range(32, 129, 8), range(1, 300), (FP32, BF16), (80, 90)):
         for kernel in ("fwd", "bwd", "bwd_dq"):
-            settings = attention_settings(kernel, dtype, dim, keys, hopper)
+            settings = attention_settings(kernel, dtype, dim, keys, arch)
             assert sum(settings.cols) >= dim > sum(settings.cols[:-1])
             assert settings.short or settings.block_n
             if settings.short:  # only the last tile may be ragged: the others are read as full

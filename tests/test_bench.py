@@ -18,11 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = VIT_SHAPES["base"]
 
 
-def results_check():
-    spec = importlib.util.spec_from_file_location("results_check", ROOT / "benchmarks" / "results_check.py")
+def command(name):
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def results_check():
+    return command("results_check")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +35,7 @@ def results_check():
     [
         ("layernorm_linear", 178.5, 313),
         ("attention", 30.5, 310),
+        ("attention_varlen", 30.5 * (1 + (98 / 197) ** 2) / 2, 310 * (1 + 98 / 197) / 2),
         ("linear_residual", 59.5, 234),
         ("layernorm_mlp", 476.0, 862),
     ],
@@ -180,3 +186,49 @@ def test_a_broken_result_file_is_caught():
 def test_peak_memory_sees_a_large_temporary():
     candidate = timing.Candidate("x", lambda _: torch.ones(64 << 20).sum())
     assert 256 < timing.peak_mb(candidate, torch.device("cpu")) < 300
+
+
+def test_roofline_of_attention_is_bound_by_memory(capsys):
+    assert command("roofline").main(["--shape", "base", "--ops", "attention_packed", "--json"]) == 0
+    forward, backward = json.loads(capsys.readouterr().out)["rows"]
+    assert forward["bound"] == backward["bound"] == "memory"
+    assert forward["floor_us"] == pytest.approx(72, rel=0.01)
+    assert backward["floor_us"] == pytest.approx(144, rel=0.01)
+    assert command("roofline").main(["--shape", "base", "--ops", "attention_packed", "--tbs", "1000", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["floor_us"] == pytest.approx(30.5e3 / 788, rel=0.01)
+
+
+def test_roofline_names_what_it_does_not_know():
+    with pytest.raises(SystemExit, match="--ops is 'fc1', expected some of patch_embed"):
+        command("roofline").main(["--ops", "fc1"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune on")
+def test_tuning_says_that_it_needs_a_gpu(capsys):
+    pytest.importorskip("triton", reason="triton is not installed")
+    assert command("tune_attention").main([]) == 2
+    assert "needs a GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tuning_candidates_cover_their_lengths_and_become_the_settings(dtype, monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    tune = command("tune_attention")
+    for kernel in tune.KERNELS:
+        for dim, tokens in ((64, 197), (64, 577), (80, 257)):
+            found = tune.candidates(kernel, dtype, dim, tokens, 90)
+            assert found[0] == tune.attention_settings(kernel, dtype, dim, tokens, 90)
+            assert len(found) == len(set(found)) > 10
+            for choice in found:
+                assert sum(choice.cols) >= dim
+                first, last = tune.first_and_last(choice, tokens)
+                assert first <= tokens <= last
+    name = str(dtype).removeprefix("torch.")
+    table = {}
+    exec("ATTENTION_MEASURED = {" + tune.entry((90, "fwd", name, 64), [(193, 208, found[-1])]) + "}", vars(tune), table)
+    rule = [tune.attention_settings("fwd", dtype, 64, keys, 90) for keys in (192, 209)]
+    monkeypatch.setattr(tune._configs, "ATTENTION_MEASURED", table["ATTENTION_MEASURED"])
+    assert [tune.attention_settings("fwd", dtype, 64, keys, 90) for keys in (193, 208)] == [found[-1]] * 2
+    assert [tune.attention_settings("fwd", dtype, 64, keys, 90) for keys in (192, 209)] == rule
+    assert tune.attention_settings("fwd", dtype, 64, 200, 80) != found[-1]
+    assert tune.attention_settings("fwd", dtype, 64, 200, 90, general=True) != found[-1]

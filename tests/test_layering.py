@@ -18,7 +18,7 @@ LAYERS = (
     {"layers", "pool"},
     {"checkpoints", "foreign", "intermediates", "model", "variants"},
     {"adapters"},
-    {"_fetch", "_pins", "accelerate", "data", "parity", "training"},
+    {"_fetch", "_pins", "accelerate", "attention_maps", "data", "parity", "training"},
     {"bench"},
     {"cli", "__main__"},
 )

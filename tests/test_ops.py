@@ -208,6 +208,18 @@ BAD = [
     ("attention", {"k": lambda t: t.to("meta")}, "k is on meta, expected cpu like q"),
     ("attention_packed", {"qkv": lambda t: t[..., :190]}, r"qkv has shape \(2, 5, 190\), expected a last dim"),
     ("attention_packed", {"qkv": lambda t: t[:, :0]}, "expected at least one token"),
+    ("attention_varlen", {"q": lambda t: t[0]}, r"q has shape \(2, 32\), expected \(T, H, D\)"),
+    ("attention_varlen", {"v": lambda t: t[:3]}, r"v has shape \(3, 2, 32\), expected \(7, 2, 32\) like q"),
+    ("attention_varlen", {"k": lambda t: t.bfloat16()}, "k is torch.bfloat16, expected torch.float32 like q"),
+    ("attention_varlen", {"cu_seqlens": lambda t: t[None]}, r"cu_seqlens has shape \(1, 3\), expected \(S \+ 1,\)"),
+    ("attention_varlen", {"cu_seqlens": lambda t: t.float()}, "cu_seqlens is torch.float32, expected torch.int32 or"),
+    ("attention_varlen", {"cu_seqlens": lambda t: t[:2]}, "cu_seqlens goes from 0 to 5, expected 0 to 7, q's rows"),
+    ("attention_varlen", {"cu_seqlens": lambda t: t[[0, 1, 0, 2]]}, "cu_seqlens falls by 5 after sample 1"),
+    (
+        "attention_varlen",
+        {"cu_seqlens": lambda t: t[[0, 2]]},
+        "holds a sample of 7 rows, expected at most 5",
+    ),
     ("layernorm_linear", {"norm_weight": lambda t: t[:5]}, r"norm_weight has shape \(5,\), expected \(64,\)"),
     ("layernorm_linear", {"weight": lambda t: t[:, :5]}, r"weight has shape \(192, 5\), expected \(O, 64\)"),
     ("layernorm_linear", {"bias": lambda t: t.long()}, "bias is torch.int64, expected a floating point dtype"),
@@ -244,11 +256,22 @@ def test_bad_options_are_named():
         ops.layernorm_mlp(**mlp, row_scale=torch.ones(2, requires_grad=True))
 
 
-@pytest.mark.parametrize("options", ["mask", "causal", "both"])
+def test_an_empty_sample_of_a_ragged_batch_leaves_no_trace():
+    inputs = make_inputs("attention_varlen", SMALL, 2, torch.float32)
+    empty = inputs | {"cu_seqlens": torch.tensor([0, 0, 5, 5, 7])}
+    for backend in ("torch", "reference"):
+        with use_backend(backend):
+            ours, expected = (run_with_gradients(ops.attention_varlen, case) for case in (empty, inputs))
+        for name, value in ours.items():
+            torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize("options", ["mask", "causal", "both", "vector"])
 def test_masks_run_on_plain_pytorch(options):
     inputs = make_inputs("attention", SMALL, 2, torch.float32)
-    mask = {"attn_mask": torch.rand(2, 1, 5, 5) > 0.2} if options != "causal" else {}
-    causal = {"is_causal": True} if options != "mask" else {}
+    shape = (5,) if options == "vector" else (2, 1, 5, 5)
+    mask = {"attn_mask": torch.rand(shape) > 0.2} if options != "causal" else {}
+    causal = {"is_causal": True} if options in ("causal", "both") else {}
     if mask:
         mask["attn_mask"][..., 0] = True
     ours = ops.attention(**inputs, **mask, **causal)

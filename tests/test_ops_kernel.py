@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastvit import _extension, ops, reference
-from fastvit.dispatch import Unsupported, use_backend
+from fastvit.dispatch import Unsupported, recording, use_backend
 from fastvit.testing import (
     Shape,
     assert_as_accurate,
@@ -130,19 +130,35 @@ def test_double_backward_is_the_reference(op):
         assert_as_accurate(a, b, c)
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"attn_mask": torch.ones(5, 5, dtype=torch.bool)}, "attn_mask is given, triton takes none"),
-        ({"is_causal": True}, "is_causal is set, triton attends to every key"),
-        ({"dropout_p": 0.1}, "dropout_p is 0.1, triton drops nothing"),
-        ({"scale": -1.0}, "scale is -1.0, triton takes one that is not negative"),
-    ],
-)
-def test_attention_refusals(options, reason):
-    options = {name: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
-    with pytest.raises(Unsupported, match=reason):
-        ops.attention(**inputs_of("attention"), **options)
+@pytest.mark.parametrize("tables", ["pos_embed", "prefix", "both", "patches alone", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_patch_embed_under_autocast_in_one_pass(tables, dtype):
+    """float32 tables are added in the kernel, to sums that were not rounded: stock's dtypes, gradients of each."""
+    inputs = inputs_of("patch_embed")
+    if tables in ("prefix", "none"):
+        del inputs["pos_embed"]
+    if tables in ("pos_embed", "patches alone", "none"):
+        del inputs["prefix"]
+        if "pos_embed" in inputs:
+            inputs["pos_embed"] = inputs["pos_embed"].detach()[1:].requires_grad_()
+    if tables == "patches alone":
+        inputs["prefix"] = inputs_of("patch_embed")["prefix"]
+    dout = torch.randn(run_with_gradients(reference.patch_embed, inputs)["output"].shape, device=DEVICE)
+    exact = run_with_gradients(reference.patch_embed, cast_inputs(inputs, torch.float64), dout)
+    with torch.autocast(DEVICE, dtype):
+        stock = run_with_gradients(reference.patch_embed, inputs, dout)
+        with recording() as calls:
+            ours = run_with_gradients(ops.patch_embed, inputs, dout)
+    assert calls == [("patch_embed", "triton")]
+    for name, value in ours.items():
+        assert value.dtype == stock[name].dtype, name
+        assert_as_accurate(value, stock[name], exact[name], name)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_scales_out_of_reach_are_refused(scale):
+    with pytest.raises(Unsupported, match=f"scale is {scale}, triton takes one above 0"):
+        ops.attention(**inputs_of("attention"), scale=scale)
 
 
 @pytest.mark.parametrize("head_dim", [24, 36, 136])

@@ -56,6 +56,9 @@ def _tables(shape: Shape, batch: int) -> dict[str, _Table]:
     patches = (shape.image_size // shape.patch_size) ** 2
     pixels = 3 * shape.patch_size**2
     attention = _Table(4.0 * batch * tokens * tokens * dim, 3 * x, x, 0, saved_output=True, backward_flops=2.5)
+    lengths = (tokens,) * (-(-batch // 2)) + (tokens // 2,) * (batch // 2)
+    ragged = sum(lengths) * dim
+    pairs = float(sum(length * length for length in lengths))
     return {
         # no gradient of the images: training asks for none
         "patch_embed": _Table(
@@ -67,6 +70,7 @@ def _tables(shape: Shape, batch: int) -> dict[str, _Table]:
         ),
         "attention": attention,
         "attention_packed": attention,
+        "attention_varlen": _Table(4.0 * pairs * dim, 3 * ragged, ragged, 0, saved_output=True, backward_flops=2.5),
         "layernorm_linear": _Table(2.0 * rows * dim * 3 * dim, x, 3 * x, 3 * dim * dim),
         "linear_residual": _Table(2.0 * rows * dim * dim, 2 * x, x, dim * dim),
         "layernorm_mlp": _Table(4.0 * rows * dim * hidden, 2 * x, x, 2 * dim * hidden, hidden=rows * hidden),

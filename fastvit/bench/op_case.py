@@ -20,7 +20,15 @@ from .providers import PROVIDERS, Refused, best_attention, capture, compile_opti
 from .timing import Candidate
 
 MODES = ("fwd", "bwd", "full")
-NAMES = ("patch_embed", "attention", "attention_packed", "layernorm_linear", "linear_residual", "layernorm_mlp")
+NAMES = (
+    "patch_embed",
+    "attention",
+    "attention_packed",
+    "attention_varlen",
+    "layernorm_linear",
+    "linear_residual",
+    "layernorm_mlp",
+)
 
 
 class OpCase:

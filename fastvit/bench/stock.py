@@ -18,6 +18,7 @@ __all__ = [
     "VisionTransformer",
     "attention",
     "attention_packed",
+    "attention_varlen",
     "layernorm_linear",
     "layernorm_mlp",
     "linear_residual",
@@ -33,6 +34,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_packed(qkv: Tensor, num_heads: int) -> Tensor:
     """(B, N, 3 * H * D) -> (B, N, H * D), as timm does it."""
     return attention(*reference.unpack_qkv(qkv, num_heads)).transpose(1, 2).flatten(2)
+
+
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """(T, H, D) each; padded, with a key-padding mask."""
+    (q, k, v), mask = reference.pad_samples((q, k, v), cu_seqlens, max_seqlen)
+    out = F.scaled_dot_product_attention(q, k, v, mask)
+    return reference.unpad_samples(out, cu_seqlens, int(cu_seqlens[-1]))
 
 
 class VisionTransformer(nn.Module):

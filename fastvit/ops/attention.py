@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch import Backend, Op
-from . import _contract, _register
+from . import _attention_general, _contract, _register
 
 NAME, PACKED = "attention", "attention_packed"
 HEAD_DIMS = range(32, 129, 8)
@@ -30,10 +30,13 @@ def attention(
 
     q          (B, H, Nq, D)  float32 | bfloat16 | float16, any strides, one device
     k, v       (B, H, Nk, D)  dtype of q
-    attn_mask  broadcastable to (B, H, Nq, Nk): bool (True takes part) or float (added)
-    dropout_p  probability of dropping a weight; leave at 0 outside training
+    attn_mask  broadcastable to (B, H, Nq, Nk): bool (True takes part) or float (added), e.g. (B, 1, 1, Nk) for the
+               padding of keys; read by its strides, never expanded
+    is_causal  query m attends to keys 0 to m
+    dropout_p  probability of dropping a weight; leave at 0 outside training. Seeded by PyTorch's generator
     scale      default D ** -0.5
-    returns    (B, H, Nq, D)  dtype of q, stored as (B, Nq, H, D); softmax and sums in float32
+    returns    (B, H, Nq, D)  dtype of q, stored as (B, Nq, H, D); softmax and sums in float32. A query whose every
+               key is masked gets zeros
 
     Raises ValueError for a wrong shape, dtype or device, Unsupported where a forced backend cannot run.
     Meaning: fastvit.reference.attention.
@@ -247,14 +250,10 @@ def _why_not_triton(q, k, v, attn_mask, is_causal, dropout_p, scale):
     reasons = _contract.why_not_triton("q", q)
     if q.shape[-1] not in HEAD_DIMS:
         reasons.append(f"the head dim is {q.shape[-1]}, triton takes 32 to 128 in steps of 8")
-    if attn_mask is not None:
-        reasons.append("attn_mask is given, triton takes none")
-    if is_causal:
-        reasons.append("is_causal is set, triton attends to every key")
-    if dropout_p > 0.0:
-        reasons.append(f"dropout_p is {dropout_p}, triton drops nothing")
-    if not scale >= 0:
-        reasons.append(f"scale is {scale}, triton takes one that is not negative")
+    if attn_mask is not None and attn_mask.requires_grad:
+        reasons.append("attn_mask requires a gradient, triton gives none")
+    if not scale > 0:
+        reasons.append(f"scale is {scale}, triton takes one above 0")
     return reasons
 
 
@@ -264,16 +263,20 @@ def _why_not_triton_packed(qkv, num_heads, dropout_p, scale):
 
 
 def _run_triton(q, k, v, attn_mask, is_causal, dropout_p, scale):
+    if attn_mask is not None or is_causal or dropout_p > 0.0:
+        return _attention_general.run(q, k, v, attn_mask, is_causal, dropout_p, scale)
     return _fwd_op(q, k, v, scale, "triton")[0]
 
 
 def _run_triton_packed(qkv, num_heads, dropout_p, scale):
+    if dropout_p > 0.0:
+        return _attention_general.run_packed(qkv, num_heads, dropout_p, scale)
     return _packed_fwd_op(qkv, num_heads, scale, "triton")[0]
 
 
 def _run_torch(q, k, v, attn_mask, is_causal, dropout_p, scale):
-    if attn_mask is not None and attn_mask.is_floating_point():
-        attn_mask = attn_mask.to(q.dtype)
+    if attn_mask is not None:  # SDPA takes no vector, and no float mask of another dtype
+        attn_mask = torch.atleast_2d(attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype))
     if attn_mask is not None and is_causal:  # SDPA takes one or the other
         keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
         is_bool = attn_mask.dtype == torch.bool
@@ -288,26 +291,30 @@ def _run_torch_packed(qkv, num_heads, dropout_p, scale):
 
 
 def _run_reference(q, k, v, attn_mask, is_causal, dropout_p, scale):
-    return reference.attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+    dropout = _reference_dropout(q, dropout_p)
+    return reference.attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, **dropout)
 
 
-def _why_not_reference(q, k, v, attn_mask, is_causal, dropout_p, scale):
-    return [f"dropout_p is {dropout_p}, the reference drops nothing"] if dropout_p > 0.0 else []
+def _run_reference_packed(qkv, num_heads, dropout_p, scale):
+    return reference.attention_packed(qkv, num_heads, scale=scale, **_reference_dropout(qkv, dropout_p))
+
+
+def _reference_dropout(x: Tensor, dropout_p: float) -> dict[str, Any]:
+    """The triton backend's own mask, as the seed comes from the same generator."""
+    if dropout_p == 0.0:
+        return {}
+    return {"dropout_p": dropout_p, "dropout_seed": _attention_general.draw_seed(x.device)}
 
 
 ATTENTION = Op(
     NAME,
     Backend("triton", _run_triton, _why_not_triton, ("cuda",)),
     Backend("torch", _run_torch),
-    Backend("reference", _run_reference, _why_not_reference),
+    Backend("reference", _run_reference),
 )
 ATTENTION_PACKED = Op(
     PACKED,
     Backend("triton", _run_triton_packed, _why_not_triton_packed, ("cuda",)),
     Backend("torch", _run_torch_packed),
-    Backend(
-        "reference",
-        lambda qkv, num_heads, dropout_p, scale: reference.attention_packed(qkv, num_heads, scale=scale),
-        lambda qkv, num_heads, dropout_p, scale: _why_not_reference(None, None, None, None, False, dropout_p, scale),
-    ),
+    Backend("reference", _run_reference_packed),
 )

@@ -39,11 +39,8 @@ def patch_embed(
     Meaning: fastvit.reference.patch_embed.
     """
     _check(images, weight, bias, pos_embed, prefix, mean, std)
-    dtype = _contract.autocast_dtype(weight)
-    if dtype is None:
-        return OP(images, weight, bias, pos_embed, prefix, mean, std)
-    patches = OP(images, *_contract.cast(dtype, weight, bias), None, None, mean, std)
-    return reference.assemble_tokens(patches, pos_embed, prefix)
+    weight, bias = _contract.cast(_contract.autocast_dtype(weight), weight, bias)  # type: ignore[assignment]
+    return OP(images, weight, bias, pos_embed, prefix, mean, std)
 
 
 def _check(images, weight, bias, pos_embed, prefix, mean, std) -> None:
@@ -101,12 +98,22 @@ def _num_tokens(images: Tensor, weight: Tensor, prefix: Tensor | None) -> int:
     return patches + (0 if prefix is None else prefix.shape[0])
 
 
+def _token_dtype(weight: Tensor, *tables: Tensor | None) -> torch.dtype:
+    """Of the tokens: under autocast the tables keep their own dtype, and adding them promotes."""
+    dtype = weight.dtype
+    for table in tables:
+        dtype = dtype if table is None else torch.promote_types(dtype, table.dtype)
+    return dtype
+
+
 def _fwd(images, weight, bias, pos_embed, prefix, mean, std, backend):
-    return _kernels().patch_embed_fwd(images, weight, bias, pos_embed, prefix, mean, std)
+    dtype = _token_dtype(weight, pos_embed, prefix)
+    return _kernels().patch_embed_fwd(images, weight, bias, pos_embed, prefix, mean, std, dtype)
 
 
 def _fwd_fake(images, weight, bias, pos_embed, prefix, mean, std, backend):
-    return weight.new_empty(images.shape[0], _num_tokens(images, weight, prefix), weight.shape[0])
+    size = (images.shape[0], _num_tokens(images, weight, prefix), weight.shape[0])
+    return weight.new_empty(size, dtype=_token_dtype(weight, pos_embed, prefix))
 
 
 def _bwd(dout, images, weight, bias, pos_embed, prefix, mean, std, mask, backend):
@@ -128,9 +135,9 @@ def _bwd(dout, images, weight, bias, pos_embed, prefix, mean, std, mask, backend
             grads[2] = patch_sum.sum(0).to(weight.dtype)
         if mask[3]:
             on_patches = pos_embed.shape[0] == patch_sum.shape[0]
-            grads[3] = (patch_sum if on_patches else token_sum).to(weight.dtype, copy=True)
+            grads[3] = (patch_sum if on_patches else token_sum).to(pos_embed.dtype, copy=True)
         if mask[4]:
-            grads[4] = token_sum[:num_prefix].to(weight.dtype, copy=True)
+            grads[4] = token_sum[:num_prefix].to(prefix.dtype, copy=True)
     return tuple(grads)
 
 
@@ -176,6 +183,9 @@ def _why_not_triton(images, weight, bias, pos_embed, prefix, mean, std):
     reasons = _contract.why_not_triton("weight", weight)
     if any(stat is not None and stat.requires_grad for stat in (mean, std)):
         reasons.append("mean or std requires a gradient, triton gives none")
+    dtype = _token_dtype(weight, pos_embed, prefix)
+    if dtype not in (weight.dtype, torch.float32):
+        reasons.append(f"pos_embed and prefix make the tokens {dtype}, triton writes {weight.dtype} or float32")
     return reasons
 
 

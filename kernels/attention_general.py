@@ -1,0 +1,398 @@
+"""Multi-head attention with options, forward and backward: masks, causal order, dropout, batches of ragged lengths.
+
+One streaming form for every length and dtype; each option is a switch at compile time, so what is not asked for costs
+nothing, and plain calls keep the kernels of ``attention``. A mask is read by its strides: a broadcast axis has stride
+0 and takes no memory. Dropout keeps a weight by a counter, not by a stored mask: Philox of the seed and of the
+weight's (batch, head, query, key), so the backward draws the same one again.
+
+Meaning: fastvit.reference.attention. Source of the generator: "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et
+al., 2011).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._configs import AotCase, AttentionSettings, Limits, attention_settings
+from ._launch import Launch, limits, unit_strides
+from ._tiles import inner, load, outer, row_sum, scaled, store, zeros
+from .attention import _check, _head, _rows
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+# one binary serves every batch, length, stride and probability
+_RUNTIME = ["scale", "threshold", "keep_scale", "H", "Nq", "Nk", "tiles", "stride_sb", "stride_sh"]
+_RUNTIME += [f"stride_{tensor}{axis}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv") for axis in "bhn"]
+_RUNTIME += [f"stride_m{axis}" for axis in "bhmn"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call asks for beyond softmax(scale * q k^T) v.
+
+    attn_mask     broadcastable to (B, H, Nq, Nk): bool (True takes part) or float (added)
+    dropout_seed  int64, one value; given with dropout_p > 0
+    cu_seqlens    (S + 1,) int32 or int64: sample s has the rows from cu_seqlens[s] to cu_seqlens[s + 1] of tensors
+                  (1, H, T, D), at most max_seqlen of them
+    """
+
+    scale: float
+    attn_mask: Tensor | None = None
+    is_causal: bool = False
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
+
+
+def attention_general_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``out`` and each query's statistics: its largest score, and log2 of its sum of exp(score - largest).
+
+    q          (B, H, Nq, D)  float16 | bfloat16 | float32; D a multiple of 8 from 32 to 128
+    k, v       (B, H, Nk, D)  dtype of q
+    out        (B, H, Nq, D)  dtype of q, a view of a contiguous (B, Nq, H, D) tensor; zeros where all keys are masked
+    top, log   (B, H, Nq)     float32; two numbers, as their sum would lose log beside a mask of -1e30
+    """
+    _check(q, options.scale)
+    q, k, v = (_rows(t) for t in (q, k, v))
+    batch, heads, nq, dim = q.shape
+    out = q.new_empty(batch, nq, heads, dim).transpose(1, 2)
+    top, log = (q.new_empty(batch, heads, nq, dtype=torch.float32) for _ in range(2))
+    if q.numel():
+        _fwd_launch(q, k, v, out, top, log, options, limits(q.device)).run()
+    return out, top, log
+
+
+def attention_general_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    top: Tensor,
+    log: Tensor,
+    options: Options,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Write the gradients of ``attention_general_fwd`` into dq, dk and dv, without atomics."""
+    _check(q, options.scale)
+    dout, q, k, v, out = (_rows(t) for t in (dout, q, k, v, out))
+    if q.numel():
+        for launch in _bwd_launches(dout, q, k, v, out, top, log, options, dq, dk, dv, limits(q.device)):
+            launch.run()
+
+
+def aot_cases(arch: int = 90) -> list[AotCase]:
+    """The options one by one at D = 64, and all together at every way to cut a head dim."""
+    meta: dict[str, Any] = {"device": "meta"}
+    seed = torch.empty(1, dtype=torch.int64, **meta)
+    mask = torch.empty(2, 1, 197, 197, **meta)
+    alone = {
+        "keys": Options(0.125, attn_mask=mask[:, :, :1].bool()),
+        "bool": Options(0.125, attn_mask=mask.bool()),
+        "float": Options(0.125, attn_mask=mask),
+        "dropout": Options(0.125, dropout_p=0.1, dropout_seed=seed),
+        "varlen": Options(0.125, cu_seqlens=torch.empty(3, dtype=torch.int32, **meta), max_seqlen=197),
+    }
+    together = Options(0.125, mask.bfloat16(), True, 0.1, seed)
+    wanted = [(64, options) for options in alone.items()]
+    wanted += [(dim, ("all", together)) for dim in (32, 64, 80, 96, 104, 128)]
+    cases: dict[Any, AotCase] = {}
+    for (dim, (label, options)), dtype in product(wanted, (torch.bfloat16, torch.float16, torch.float32)):
+        batch = 1 if label == "varlen" else 2
+        q = torch.empty(batch, 197, 3, 12, dim, dtype=dtype, **meta).permute(2, 0, 3, 1, 4)[0]
+        out = torch.empty(batch, 197, 12, dim, dtype=dtype, **meta).transpose(1, 2)
+        top = torch.empty(batch, 12, 197, **meta)
+        device = Limits.of_arch(arch)
+        launches = [_fwd_launch(q, q, q, out, top, top, options, device)]
+        launches += _bwd_launches(out, q, q, q, out, top, top, options, q, q, q, device)
+        for launch in launches:
+            name = f"{launch.kernel.fn.__name__.strip('_')}_{str(dtype).removeprefix('torch.')}_d{dim}_{label}"
+            cases[name] = launch.aot_case(name)
+    return list(cases.values())
+
+
+def _launch(
+    kernel: Any,
+    settings: AttentionSettings,
+    rows: tuple[Tensor, ...],
+    statistics: tuple[Tensor, ...],
+    options: Options,
+    shape: tuple[int, int, int, int],
+    by_keys: bool = False,
+) -> Launch:
+    """``shape`` is (B, H, Nq, Nk); one program takes a block of a sample's queries or, ``by_keys``, of its keys."""
+    batch, heads, nq, nk = shape
+    stat_strides = list(statistics[0].stride()[:2])
+    longest = nk if by_keys else nq
+    if options.cu_seqlens is not None:  # the samples lie one after another: none has a stride of its own
+        batch, longest, stat_strides[0] = options.cu_seqlens.numel() - 1, options.max_seqlen, 0
+        rows = tuple(t.expand(batch, -1, -1, -1) for t in rows)
+    unit, strides = unit_strides(rows)
+    mask, mask_strides = _mask(options.attn_mask, shape)
+    tiles = triton.cdiv(longest, settings.block_n if by_keys else settings.block_m)
+    threshold = round(options.dropout_p * 2**24)
+    arguments = (
+        *rows, *statistics, mask, options.dropout_seed if options.dropout_p else None, options.cu_seqlens,
+        *strides, *stat_strides, *mask_strides,
+        options.scale, threshold, 1.0 / (1.0 - options.dropout_p), heads, nq, nk, tiles,
+    )  # fmt: skip
+    constexprs = {"D": rows[0].shape[-1], "UNIT": unit, "CAUSAL": options.is_causal}
+    constexprs["ONE_ROW"] = mask_strides[2] == 0  # one row of the mask, e.g. the padding of keys, serves every query
+    return Launch.of(kernel, (tiles * batch * heads,), arguments, constexprs, settings)
+
+
+def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, tuple[int, ...]]:
+    """What the kernels read of ``mask``, and its strides along B, H, Nq and Nk: 0 where it is broadcast."""
+    if mask is None:
+        return None, (0, 0, 0, 0)
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    elif mask.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        mask = mask.float()
+    return mask, mask.expand(shape).stride()
+
+
+def _fwd_launch(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, top: Tensor, log: Tensor, options: Options, device: Limits
+) -> Launch:
+    shape = (*q.shape[:3], k.shape[2])
+    settings = attention_settings("fwd", q.dtype, q.shape[3], shape[3], device.arch, general=True)
+    return _launch(_general_fwd_kernel, settings, (q, k, v, out), (top, log), options, shape)
+
+
+def _bwd_launches(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, top: Tensor, log: Tensor, options: Options, dq: Tensor,
+    dk: Tensor, dv: Tensor, device: Limits,
+) -> list[Launch]:  # fmt: skip
+    shape = (*q.shape[:3], k.shape[2])
+    dq_settings, dkv_settings = (
+        attention_settings(kernel, q.dtype, q.shape[3], shape[3], device.arch, general=True)
+        for kernel in ("bwd_dq", "bwd")
+    )
+    delta = torch.empty_like(top)  # dQ leaves sum(dout * out) for dK and dV
+    statistics = (top, log, delta)
+    return [
+        _launch(_general_bwd_dq_kernel, dq_settings, (q, k, v, out, dout, dq), statistics, options, shape),
+        _launch(_general_bwd_dkv_kernel, dkv_settings, (q, k, v, dout, dk, dv), statistics, options, shape, True),
+    ]
+
+
+@triton.jit
+def _place(tiles, H):
+    """(batch, head, tile) of this program; batch and head in int64, as their offsets can pass 2^31."""
+    pid_bh = tl.program_id(0) // tiles
+    return (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64), tl.program_id(0) % tiles
+
+
+@triton.jit
+def _sample(cu_ptr, b, Nq, Nk):
+    """(first row, queries, keys) of sample ``b``."""
+    if cu_ptr is None:
+        return b * 0, Nq, Nk
+    else:
+        begin = tl.load(cu_ptr + b).to(tl.int64)
+        rows = (tl.load(cu_ptr + b + 1).to(tl.int64) - begin).to(tl.int32)
+        return begin, rows, rows
+
+
+@triton.jit
+def _scores(
+    products, scale, mask_ptr, stride_mm, stride_mn, offs_m, offs_n, Nq, Nk, CAUSAL: tl.constexpr, ONE_ROW: tl.constexpr
+):
+    """scale * products + mask; -inf for pairs that take no part. offs_m, offs_n broadcast to products' shape."""
+    takes_part = offs_n < Nk
+    if CAUSAL:
+        takes_part = takes_part & (offs_n <= offs_m)
+    scores = products * scale
+    if mask_ptr is not None:
+        ptrs, inside = mask_ptr + offs_n.to(tl.int64) * stride_mn, offs_n < Nk
+        if not ONE_ROW:
+            ptrs, inside = ptrs + offs_m.to(tl.int64) * stride_mm, inside & (offs_m < Nq)
+        mask = tl.load(ptrs, mask=inside, other=0)
+        if mask_ptr.dtype.element_ty == tl.uint8:
+            takes_part = takes_part & (mask != 0)
+        else:
+            scores += mask.to(tl.float32)
+    return tl.where(takes_part, scores, float("-inf"))
+
+
+@triton.jit
+def _kept(seed_ptr, threshold, bh, offs_m, offs_n):
+    """Which weights dropout keeps, at random with a chance of 1 - threshold / 2^24 each."""
+    none = (offs_m + offs_n) * 0
+    random, _, _, _ = tl.philox(tl.load(seed_ptr), offs_n + none, offs_m + none, bh.to(tl.int32) + none, none)
+    return (random >> 8).to(tl.int32) >= threshold
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _general_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, top_ptr, log_ptr, mask_ptr, seed_ptr, cu_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
+    stride_sb, stride_sh, stride_mb, stride_mh, stride_mm, stride_mn,
+    scale, threshold, keep_scale, H, Nq, Nk, tiles,
+    D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, ONE_ROW: tl.constexpr,
+    COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One block of queries against all keys, block by block, with a running row maximum."""
+    b, h, pid_m = _place(tiles, H)
+    begin, Nq, Nk = _sample(cu_ptr, b, Nq, Nk)
+    if cu_ptr is not None:
+        if pid_m * BLOCK_M >= Nq:
+            return
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT) + begin * stride_qn * UNIT
+    k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT) + begin * stride_kn * UNIT
+    v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT) + begin * stride_vn * UNIT
+    out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT) + begin * stride_on * UNIT
+    statistics = b * stride_sb + h * stride_sh + begin + offs_m
+    if mask_ptr is not None:
+        mask_ptr += b * stride_mb + h * stride_mh
+    q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc = zeros(BLOCK_M, COLS)
+    end = Nk
+    if CAUSAL:  # later keys take no part
+        end = tl.minimum(Nk, (pid_m + 1) * BLOCK_M)
+    for start_n in range(0, end, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+        v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
+        m, n = offs_m[:, None], offs_n[None, :]
+        scores = _scores(inner(q, k), scale, mask_ptr, stride_mm, stride_mn, m, n, Nq, Nk, CAUSAL, ONE_ROW)
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        # a row without a key so far: -inf - -inf would be NaN
+        top = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp2((scores - top[:, None]) * _LOG2_E)
+        shrink = tl.exp2((row_max - top) * _LOG2_E)
+        row_sum = row_sum * shrink + tl.sum(p, 1)
+        if seed_ptr is not None:
+            p = tl.where(_kept(seed_ptr, threshold, b * H + h, m, n), p, 0.0)
+        acc = outer(p, v, scaled(acc, shrink[:, None]))
+        row_max = new_max
+    masked_out = row_sum == 0.0
+    if seed_ptr is not None:
+        acc = scaled(acc, keep_scale)
+    out = scaled(acc, tl.where(masked_out, 0.0, 1.0 / row_sum)[:, None])
+    store(out_ptr, offs_m, stride_on, Nq, out, D, UNIT, COLS)
+    tl.store(top_ptr + statistics, tl.where(masked_out, 0.0, row_max), mask=offs_m < Nq)
+    tl.store(log_ptr + statistics, tl.where(masked_out, 0.0, tl.log2(row_sum)), mask=offs_m < Nq)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _general_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, dq_ptr, top_ptr, log_ptr, delta_ptr, mask_ptr, seed_ptr, cu_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, stride_dob, stride_doh, stride_don, stride_dqb, stride_dqh, stride_dqn,
+    stride_sb, stride_sh, stride_mb, stride_mh, stride_mm, stride_mn,
+    scale, threshold, keep_scale, H, Nq, Nk, tiles,
+    D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, ONE_ROW: tl.constexpr,
+    COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One block of queries: delta = sum(dout * out), then dQ = scale * dS K with dS = P * (dP - delta)."""
+    b, h, pid_m = _place(tiles, H)
+    begin, Nq, Nk = _sample(cu_ptr, b, Nq, Nk)
+    if cu_ptr is not None:
+        if pid_m * BLOCK_M >= Nq:
+            return
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT) + begin * stride_qn * UNIT
+    k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT) + begin * stride_kn * UNIT
+    v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT) + begin * stride_vn * UNIT
+    out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT) + begin * stride_on * UNIT
+    dout_ptr = _head(dout_ptr, b, h, stride_dob, stride_doh, UNIT) + begin * stride_don * UNIT
+    dq_ptr = _head(dq_ptr, b, h, stride_dqb, stride_dqh, UNIT) + begin * stride_dqn * UNIT
+    statistics = b * stride_sb + h * stride_sh + begin + offs_m
+    if mask_ptr is not None:
+        mask_ptr += b * stride_mb + h * stride_mh
+    dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
+    delta = row_sum(load(out_ptr, offs_m, stride_on, Nq, D, UNIT, COLS), dout)
+    tl.store(delta_ptr + statistics, delta, mask=offs_m < Nq)
+    q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+    top = tl.load(top_ptr + statistics, mask=offs_m < Nq, other=0.0)
+    log = tl.load(log_ptr + statistics, mask=offs_m < Nq, other=0.0)
+    dq = zeros(BLOCK_M, COLS)
+    end = Nk
+    if CAUSAL:
+        end = tl.minimum(Nk, (pid_m + 1) * BLOCK_M)
+    for start_n in range(0, end, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+        v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
+        m, n = offs_m[:, None], offs_n[None, :]
+        scores = _scores(inner(q, k), scale, mask_ptr, stride_mm, stride_mn, m, n, Nq, Nk, CAUSAL, ONE_ROW)
+        p = tl.exp2((scores - top[:, None]) * _LOG2_E - log[:, None])
+        dp = inner(dout, v)
+        if seed_ptr is not None:
+            kept = _kept(seed_ptr, threshold, b * H + h, m, n)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
+        dq = outer(p * (dp - delta[:, None]), k, dq)
+    store(dq_ptr, offs_m, stride_dqn, Nq, scaled(dq, scale), D, UNIT, COLS)
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _general_bwd_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, top_ptr, log_ptr, delta_ptr, mask_ptr, seed_ptr, cu_ptr,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_dob, stride_doh, stride_don, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
+    stride_sb, stride_sh, stride_mb, stride_mh, stride_mm, stride_mn,
+    scale, threshold, keep_scale, H, Nq, Nk, tiles,
+    D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, ONE_ROW: tl.constexpr,
+    COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: dV = P^T dout, dK = scale * dS^T Q. Scores are (keys, queries): P^T needs no turning."""
+    b, h, pid_n = _place(tiles, H)
+    begin, Nq, Nk = _sample(cu_ptr, b, Nq, Nk)
+    if cu_ptr is not None:
+        if pid_n * BLOCK_N >= Nk:
+            return
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT) + begin * stride_qn * UNIT
+    k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT) + begin * stride_kn * UNIT
+    v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT) + begin * stride_vn * UNIT
+    dout_ptr = _head(dout_ptr, b, h, stride_dob, stride_doh, UNIT) + begin * stride_don * UNIT
+    dk_ptr = _head(dk_ptr, b, h, stride_dkb, stride_dkh, UNIT) + begin * stride_dkn * UNIT
+    dv_ptr = _head(dv_ptr, b, h, stride_dvb, stride_dvh, UNIT) + begin * stride_dvn * UNIT
+    statistics = b * stride_sb + h * stride_sh + begin
+    if mask_ptr is not None:
+        mask_ptr += b * stride_mb + h * stride_mh
+    k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+    v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
+    dk = zeros(BLOCK_N, COLS)
+    dv = zeros(BLOCK_N, COLS)
+    first = 0
+    if CAUSAL:  # earlier queries take no part
+        first = pid_n * BLOCK_N // BLOCK_M * BLOCK_M
+    for start_m in range(first, Nq, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+        dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
+        # a padded query has top = inf, hence p = 0
+        top = tl.load(top_ptr + statistics + offs_m, mask=offs_m < Nq, other=float("inf"))
+        log = tl.load(log_ptr + statistics + offs_m, mask=offs_m < Nq, other=0.0)
+        delta = tl.load(delta_ptr + statistics + offs_m, mask=offs_m < Nq, other=0.0)
+        m, n = offs_m[None, :], offs_n[:, None]
+        scores = _scores(inner(k, q), scale, mask_ptr, stride_mm, stride_mn, m, n, Nq, Nk, CAUSAL, ONE_ROW)
+        p = tl.exp2((scores - top[None, :]) * _LOG2_E - log[None, :])
+        dp = inner(v, dout)
+        if seed_ptr is not None:
+            kept = _kept(seed_ptr, threshold, b * H + h, m, n)
+            dp = tl.where(kept, dp * keep_scale, 0.0)
+            dv = outer(tl.where(kept, p, 0.0), dout, dv)
+        else:
+            dv = outer(p, dout, dv)
+        dk = outer(p * (dp - delta[None, :]), q, dk)
+    store(dk_ptr, offs_n, stride_dkn, Nk, scaled(dk, scale), D, UNIT, COLS)
+    if seed_ptr is not None:
+        dv = scaled(dv, keep_scale)
+    store(dv_ptr, offs_n, stride_dvn, Nk, dv, D, UNIT, COLS)
