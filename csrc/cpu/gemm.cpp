@@ -15,7 +15,7 @@ struct Fp32Tile {
   int64_t lda;
   const float* b;
   float* c;
-  int64_t ldc, rows, k;
+  int64_t ldc, rows, k, columns;
   bool accumulate;
 };
 
@@ -31,7 +31,7 @@ FASTVIT_INLINE void micro_tile(const Fp32Tile& t, int64_t r, int64_t n) {
     for (int64_t k = 0; k < count; ++k) {
       f32x16 row[VECTORS];
       for (int v = 0; v < VECTORS; ++v) row[v] = load16(b + k * PANEL + v * LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int i = 0; i < ROWS; ++i) {
         for (int v = 0; v < VECTORS; ++v) acc[i][v] += a[i * t.lda + k] * row[v];
       }
@@ -47,12 +47,23 @@ FASTVIT_INLINE void micro_tile(const Fp32Tile& t, int64_t r, int64_t n) {
 }
 
 template <int ROWS, int VECTORS>
+FASTVIT_INLINE void micro_columns(const Fp32Tile& t, int64_t n) {
+  int64_t r = 0;
+  for (; r + ROWS <= t.rows; r += ROWS) micro_tile<ROWS, VECTORS>(t, r, n);
+  for (; r + 2 <= t.rows; r += 2) micro_tile<2, VECTORS>(t, r, n);
+  if (r < t.rows) micro_tile<1, VECTORS>(t, r, n);
+}
+
+template <int ROWS, int VECTORS>
 FASTVIT_INLINE void micro_gemm(const Fp32Tile& t) {
-  for (int64_t n = 0; n < PANEL; n += VECTORS * LANES) {
-    int64_t r = 0;
-    for (; r + ROWS <= t.rows; r += ROWS) micro_tile<ROWS, VECTORS>(t, r, n);
-    for (; r + 2 <= t.rows; r += 2) micro_tile<2, VECTORS>(t, r, n);
-    if (r < t.rows) micro_tile<1, VECTORS>(t, r, n);
+  constexpr int64_t width = VECTORS * LANES;
+  int64_t n = 0;
+  for (; n + width <= t.columns; n += width) micro_columns<ROWS, VECTORS>(t, n);
+  if constexpr (VECTORS == 4) {  // fewer columns leave registers for more rows
+    const int64_t left = t.columns - n;
+    if (left == 3 * LANES) micro_columns<8, 3>(t, n);
+    if (left == 2 * LANES) micro_columns<12, 2>(t, n);
+    if (left == LANES) micro_columns<12, 1>(t, n);
   }
 }
 
@@ -100,19 +111,22 @@ bool probe_bf16_gemm() {
   return true;
 }
 
-// dst (k, 64) = src (n, k) transposed, for any 32-bit element. Missing columns become zero.
-template <class U>
-void transpose_panel(const U* src, int64_t stride, int64_t n, int64_t k, U* dst) {
-  constexpr int64_t TILE = 16;
-  for (int64_t k0 = 0; k0 < k; k0 += TILE) {
-    const int64_t width = std::min(TILE, k - k0);
-    for (int64_t col = 0; col < n; ++col) {
-      U part[TILE];
-      __builtin_memcpy(part, src + col * stride + k0, width * sizeof(U));
-      for (int64_t i = 0; i < width; ++i) dst[(k0 + i) * PANEL + col] = part[i];
-    }
-    for (int64_t i = 0; i < width; ++i) {
-      for (int64_t col = n; col < PANEL; ++col) dst[(k0 + i) * PANEL + col] = U{};
+// dst (units, 64) = src (n, row_bytes) transposed in units of four bytes: a float, or a pair of bfloat16. What is
+// missing of the last unit of a row, and missing columns, become zero.
+FASTVIT_CLONES void transpose_units(const char* src, int64_t stride_bytes, int64_t n, int64_t row_bytes, float* dst) {
+  constexpr int64_t unit = sizeof(float);
+  const int64_t units = ceil_div(row_bytes, unit);
+  for (int64_t col = 0; col < PANEL; col += LANES) {
+    for (int64_t k = 0; k < units; k += LANES) {
+      f32x16 tile[LANES];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; ++i) {
+        const char* row = src + (col + i) * stride_bytes + k * unit;
+        tile[i] = col + i < n ? load_bytes(row, row_bytes - k * unit) : f32x16{};
+      }
+      transpose16(tile);
+      const int64_t count = std::min(LANES, units - k);
+      for (int64_t i = 0; i < count; ++i) store16(dst + (k + i) * PANEL + col, tile[i]);
     }
   }
 }
@@ -176,34 +190,23 @@ at::ScalarType compute_dtype(at::ScalarType dtype) {
 }
 
 void gemm_tile(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t rows, int64_t k,
-               bool accumulate) {
-  fp32_gemm({a, lda, b, c, ldc, rows, k, accumulate});
+               bool accumulate, int64_t columns) {
+  fp32_gemm({a, lda, b, c, ldc, rows, k, columns, accumulate});
 }
 
 void gemm_tile(const c10::BFloat16* a, int64_t lda, const c10::BFloat16* b, float* c, int64_t ldc, int64_t rows,
-               int64_t k, bool accumulate) {
-  at::native::cpublas::brgemm(rows, PANEL, k, lda, PANEL, ldc, accumulate, a, b, c, true);
+               int64_t k, bool accumulate, int64_t columns) {
+  at::native::cpublas::brgemm(rows, columns, k, lda, PANEL, ldc, accumulate, a, b, c, true);
 }
 
 void release_bf16_gemm() { at::native::cpublas::brgemm_release(true); }
 
 void pack_panel_transposed(const float* src, int64_t stride, int64_t n, int64_t k, float* dst) {
-  transpose_panel(src, stride, n, k, dst);
+  transpose_units(reinterpret_cast<const char*>(src), stride * sizeof(float), n, k * sizeof(float), dst);
 }
 
-// A pair of k is one 32-bit unit; an odd last k is paired with zero.
 void pack_panel_transposed(const c10::BFloat16* src, int64_t stride, int64_t n, int64_t k, c10::BFloat16* dst) {
-  constexpr int64_t TILE = 16;
-  for (int64_t k0 = 0; k0 < k; k0 += 2 * TILE) {
-    const int64_t width = std::min(2 * TILE, k - k0);
-    for (int64_t col = 0; col < PANEL; ++col) {
-      uint32_t part[TILE] = {};
-      if (col < n) __builtin_memcpy(part, src + col * stride + k0, width * sizeof(c10::BFloat16));
-      for (int64_t i = 0; i < ceil_div(width, 2); ++i) {
-        __builtin_memcpy(dst + ((k0 / 2 + i) * PANEL + col) * 2, &part[i], sizeof(uint32_t));
-      }
-    }
-  }
+  transpose_units(reinterpret_cast<const char*>(src), stride * 2, n, k * 2, reinterpret_cast<float*>(dst));
 }
 
 void pack_panel(const float* src, int64_t stride, int64_t n, int64_t k, const float* scale, float* dst) {

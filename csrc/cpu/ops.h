@@ -46,6 +46,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_residual_bwd(const Tensor& dou
                                                                const OptionalTensor& row_scale,
                                                                std::array<bool, 4> mask);
 
+// q, k, v (B, H, N, D) with any strides; attn_mask bool or float, broadcastable to (B, H, Nq, Nk).
+// out (B, H, Nq, D) stored as (B, Nq, H, D); lse (B, H, Nq) float32, -inf where no key is visible
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                         const OptionalTensor& attn_mask, bool is_causal, double scale);
+
+// Writes dq, dk, dv (B, H, N, D), whose last dimension is contiguous: views of a packed gradient, for example.
+void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                   const OptionalTensor& attn_mask, bool is_causal, const Tensor& out, const Tensor& lse, double scale,
+                   const Tensor& dq, const Tensor& dk, const Tensor& dv);
+
 // out (..., E) in the dtype of x; mean, rstd (M,) float32; h (M, F) before the activation, empty unless save
 std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_mlp_fwd(
     const Tensor& x,                                                     // (..., E)

@@ -102,10 +102,43 @@ FASTVIT_INLINE void store_part(S* dst, f32x16 value, int64_t count) {
   __builtin_memcpy(dst, part, count * sizeof(S));
 }
 
+// The first `bytes` (at least 1) of 64, zeros behind them.
+FASTVIT_INLINE f32x16 load_bytes(const char* src, int64_t bytes) {
+  if (bytes >= static_cast<int64_t>(sizeof(f32x16))) return load16(reinterpret_cast<const float*>(src));
+  f32x16 part{};
+  __builtin_memcpy(&part, src, bytes);
+  return part;
+}
+
 FASTVIT_INLINE float sum_lanes(f32x16 value) {
   float total = 0;
   for (int i = 0; i < 8; ++i) total += value[i] + value[i + 8];
   return total;
+}
+
+// Lanes 0..15 are those of `a`, 16..31 those of `b`.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FASTVIT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+#ifndef FASTVIT_SHUFFLE
+#define FASTVIT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i32x16){__VA_ARGS__})
+#endif
+
+// Transpose a 16 x 16 tile: four perfect shuffles of its rows rotate the index bits (row, column) into (column, row).
+FASTVIT_INLINE void transpose16(f32x16 (&tile)[LANES]) {
+  for (int round = 0; round < 4; ++round) {
+    f32x16 shuffled[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; ++i) {
+      const f32x16 a = tile[i], b = tile[i + LANES / 2];
+      shuffled[2 * i] = FASTVIT_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      shuffled[2 * i + 1] = FASTVIT_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) tile[i] = shuffled[i];
+  }
 }
 
 // exp(x) to 1 ulp; 0 below the smallest normal number, inf above the largest.
