@@ -43,6 +43,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "layer_scale"_a, "row_scale"_a, "cache"_a);
   m.def("linear_residual_bwd", &cpu::linear_residual_bwd, no_gil, "dout"_a, "x"_a, "weight"_a, "bias"_a,
         "layer_scale"_a, "row_scale"_a, "mask"_a);
+  m.def("patch_embed_fwd", &cpu::patch_embed_fwd, no_gil, "images"_a, "weight"_a, "bias"_a, "pos_embed"_a, "prefix"_a,
+        "mean"_a, "std"_a, "cache"_a);
+  m.def("patch_embed_bwd", &cpu::patch_embed_bwd, no_gil, "dout"_a, "images"_a, "weight"_a, "num_prefix"_a, "mean"_a,
+        "std"_a, "mask"_a);
   m.def("attention_fwd", &cpu::attention_fwd, no_gil, "q"_a, "k"_a, "v"_a, "attn_mask"_a, "is_causal"_a, "scale"_a);
   m.def("attention_bwd", &cpu::attention_bwd, no_gil, "dout"_a, "q"_a, "k"_a, "v"_a, "attn_mask"_a, "is_causal"_a,
         "out"_a, "lse"_a, "scale"_a, "dq"_a, "dk"_a, "dv"_a);

@@ -42,8 +42,7 @@ struct ForwardBuffers {
   float *scores, *mask, *products, *inverse_sums;
   int64_t ld;
 
-  ForwardBuffers(const AttentionForward& args, int64_t rows, Scratch& scratch)
-      : ld(operand_ld<float>(args.k.tokens)) {
+  ForwardBuffers(const AttentionForward& args, int64_t rows, Scratch& scratch) : ld(operand_ld<float>(args.k.tokens)) {
     const int64_t keys = args.k.tokens, dim = args.q.dim;
     k_panels = scratch.take<T>(ceil_div(keys, PANEL) * PANEL * padded_k<T>(dim));
     v_panels = scratch.take<T>(ceil_div(dim, PANEL) * PANEL * padded_k<T>(keys));
@@ -58,7 +57,11 @@ struct ForwardBuffers {
 
  private:
   // float32 weights take the place of the scores
-  static float* weights_for(float* scores, Scratch&, int64_t) requires std::is_same_v<T, float> { return scores; }
+  static float* weights_for(float* scores, Scratch&, int64_t)
+    requires std::is_same_v<T, float>
+  {
+    return scores;
+  }
   static T* weights_for(float*, Scratch& scratch, int64_t count) { return scratch.take<T>(count); }
 };
 

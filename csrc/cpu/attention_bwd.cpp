@@ -5,7 +5,6 @@
 // Either one is a left operand as it lies, dS^T a right operand too, so no scores are ever transposed. Nothing is
 // summed across threads.
 #include "attention.h"
-
 #include "grad.h"
 #include "op_checks.h"
 #include "ops.h"
@@ -132,16 +131,16 @@ ScoreOperands<c10::BFloat16> finish_scores(const ScoreGradTile& tile, const Back
 
 // A block of keys against 64 queries.
 template <class T>
-void backward_tile(const AttentionBackward& args, int64_t head, Range queries, Range keys, const BackwardBuffers<T>& b) {
+void backward_tile(const AttentionBackward& args, int64_t head, Range queries, Range keys,
+                   const BackwardBuffers<T>& b) {
   const int64_t dim = args.q.dim, columns = round_up(queries.size(), LANES), count = keys.size();
   gemm_panel(b.k.data + keys.begin * b.k.ld, b.k.ld, b.q.transposed, b.scores, PANEL, count, padded_k<T>(dim), columns);
   gemm_panel(b.v.data + keys.begin * b.v.ld, b.v.ld, b.dout.transposed, b.dweights, PANEL, count, padded_k<T>(dim),
              columns);
-  const ScoreOperands<T> scores =
-      finish_scores({b.scores, b.dweights, count, columns, args.scale, b.lse, b.delta,
-                     load_mask(args, head, queries, keys, b.mask), args.mask.given() && args.mask.same_for_queries(),
-                     args.causal, keys.begin, queries.begin},
-                    b);
+  const ScoreOperands<T> scores = finish_scores(
+      {b.scores, b.dweights, count, columns, args.scale, b.lse, b.delta, load_mask(args, head, queries, keys, b.mask),
+       args.mask.given() && args.mask.same_for_queries(), args.causal, keys.begin, queries.begin},
+      b);
   const int64_t query_k = padded_k<T>(queries.size());
   const bool add = args.causal || queries.begin > 0;
   for (int64_t p = 0; p < ceil_div(dim, PANEL); ++p) {
@@ -179,8 +178,8 @@ void backward_head(const AttentionBackward& args, int64_t head) {
     for (int64_t k0 = 0; k0 < keys; k0 += b.block) {
       backward_tile(args, head, queries, {k0, std::min(keys, k0 + b.block)}, b);
     }
-    store_transposed({b.dq, args.q.dim, queries.size(), nullptr, args.dq.mutable_row(head, q0), args.dq.stride(),
-                      args.dq.dtype()});
+    store_transposed(
+        {b.dq, args.q.dim, queries.size(), nullptr, args.dq.mutable_row(head, q0), args.dq.stride(), args.dq.dtype()});
   }
   store_rows(b.dk, args.dk, head);
   store_rows(b.dv, args.dv, head);

@@ -47,8 +47,7 @@ FASTVIT_INLINE void softmax_row(const SoftmaxRows& block, int64_t r) {
   int64_t key = 0;
   for (; key < visible; key += LANES) {
     const int64_t left = visible - key;
-    const f32x16 score =
-        MASKED ? load16(scores + key) : first_lanes(load16(scores + key) * block.scale, left, -INF);
+    const f32x16 score = MASKED ? load16(scores + key) : first_lanes(load16(scores + key) * block.scale, left, -INF);
     const f32x16 weight = exp16(score - shift);
     sums += weight;
     store16(weights + key, weight);
@@ -131,8 +130,9 @@ ScoreMask::ScoreMask(const OptionalTensor& mask, at::IntArrayRef sizes) : heads(
 }
 
 void ScoreMask::row(int64_t head, int64_t query, Range keys, float* out) const {
-  const int64_t key_stride = tensor.stride(3), begin = head / heads * tensor.stride(0) + head % heads * tensor.stride(1) +
-                                                       query * tensor.stride(2) + keys.begin * key_stride;
+  const int64_t key_stride = tensor.stride(3), begin = head / heads * tensor.stride(0) +
+                                                       head % heads * tensor.stride(1) + query * tensor.stride(2) +
+                                                       keys.begin * key_stride;
   const int64_t count = key_stride == 0 ? 1 : keys.size();
   if (tensor.scalar_type() == at::kBool) {
     const bool* keep = tensor.const_data_ptr<bool>() + begin;
@@ -144,9 +144,7 @@ void ScoreMask::row(int64_t head, int64_t query, Range keys, float* out) const {
   if (count < keys.size()) std::fill_n(out + 1, keys.size() - 1, out[0]);
 }
 
-FASTVIT_CLONES void softmax_rows(const SoftmaxRows& block) {
-  FASTVIT_BY_DTYPE(block.dtype, softmax_rows_as, block);
-}
+FASTVIT_CLONES void softmax_rows(const SoftmaxRows& block) { FASTVIT_BY_DTYPE(block.dtype, softmax_rows_as, block); }
 
 FASTVIT_CLONES void store_scaled(const float* products, int64_t rows, int64_t columns, const float* factors,
                                  const TileTarget& target) {

@@ -28,6 +28,7 @@ using f32x16 = float __attribute__((vector_size(64)));
 using f64x16 = double __attribute__((vector_size(128)));
 using u32x16 = uint32_t __attribute__((vector_size(64)));
 using i32x16 = int32_t __attribute__((vector_size(64)));
+using u8x16 = uint8_t __attribute__((vector_size(16)));
 using u16x16 = uint16_t __attribute__((vector_size(32)));
 
 FASTVIT_INLINE f32x16 splat(float value) { return f32x16{} + value; }
@@ -44,6 +45,12 @@ FASTVIT_INLINE u32x16 load_u16(const void* src) {
   u16x16 value;
   __builtin_memcpy(&value, src, sizeof(value));
   return __builtin_convertvector(value, u32x16);
+}
+
+FASTVIT_INLINE f32x16 load16(const uint8_t* src) {
+  u8x16 value;
+  __builtin_memcpy(&value, src, sizeof(value));
+  return __builtin_convertvector(value, f32x16);
 }
 
 FASTVIT_INLINE f32x16 load16(const c10::BFloat16* src) { return from_bits(load_u16(src) << 16); }
