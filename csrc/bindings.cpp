@@ -49,7 +49,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "std"_a, "mask"_a);
   m.def("attention_fwd", &cpu::attention_fwd, no_gil, "q"_a, "k"_a, "v"_a, "attn_mask"_a, "is_causal"_a, "scale"_a);
   m.def("attention_bwd", &cpu::attention_bwd, no_gil, "dout"_a, "q"_a, "k"_a, "v"_a, "attn_mask"_a, "is_causal"_a,
-        "out"_a, "lse"_a, "scale"_a, "dq"_a, "dk"_a, "dv"_a);
+        "out"_a, "statistics"_a, "scale"_a, "dq"_a, "dk"_a, "dv"_a);
   m.def("layernorm_mlp_fwd", &cpu::layernorm_mlp_fwd, no_gil, "x"_a, "norm_weight"_a, "norm_bias"_a, "fc1_weight"_a,
         "fc1_bias"_a, "fc2_weight"_a, "fc2_bias"_a, "layer_scale"_a, "row_scale"_a, "act"_a, "eps"_a, "residual"_a,
         "save"_a, "cache"_a);

@@ -211,20 +211,21 @@ def test_gradients_are_written_in_place_and_nowhere_else(dtype):
     inside = torch.zeros_like(buffer, dtype=torch.bool)
     window = (slice(0, 2), slice(1, 1 + tokens), slice(None), slice(None), slice(0, dim))
     inside[window] = True
-    out, lse = C.attention_fwd(q, k, v, None, False, 0.2)
+    out, statistics = C.attention_fwd(q, k, v, None, False, 0.2)
     grads = buffer[window].permute(2, 0, 3, 1, 4).unbind(0)
-    C.attention_bwd(torch.randn_like(q), q, k, v, None, False, out, lse, 0.2, *grads)
+    C.attention_bwd(torch.randn_like(q), q, k, v, None, False, out, statistics, 0.2, *grads)
     assert torch.equal(torch.isnan(buffer), ~inside)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_log_sum_exp(is_causal):
+def test_statistics(is_causal):
     q, k, v = (value.detach() for value in make(2, 2, 33, 70, 32).values())
-    _, lse = C.attention_fwd(q, k, v, None, is_causal, 0.3)
+    _, (shift, inverse_sum) = C.attention_fwd(q, k, v, None, is_causal, 0.3)
     scores = q.double() @ k.double().transpose(-2, -1) * 0.3
     if is_causal:
         scores = scores.masked_fill(~torch.ones(33, 70, dtype=torch.bool).tril(), -math.inf)
-    torch.testing.assert_close(lse.double(), torch.logsumexp(scores, -1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shift.double(), scores.amax(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shift - inverse_sum.log(), torch.logsumexp(scores, -1).float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
@@ -353,15 +354,15 @@ def test_errors(changed, message):
 
 def test_backward_errors():
     q = torch.zeros(1, 2, 5, 16)
-    out, lse = C.attention_fwd(q, q, q, None, False, 1.0)
+    out, statistics = C.attention_fwd(q, q, q, None, False, 1.0)
 
-    def backward(dout=q, lse=lse, dq=q, dk=q):
-        C.attention_bwd(dout, q, q, q, None, False, out, lse, 1.0, dq, dk, torch.zeros_like(q))
+    def backward(dout=q, statistics=statistics, dq=q, dk=q):
+        C.attention_bwd(dout, q, q, q, None, False, out, statistics, 1.0, dq, dk, torch.zeros_like(q))
 
     with pytest.raises(ValueError, match=r"dout has shape \(1, 2, 4, 16\), expected \(1, 2, 5, 16\) like q"):
         backward(dout=q[:, :, :4])
-    with pytest.raises(ValueError, match="lse has dtype Half, expected contiguous float32"):
-        backward(lse=lse.half())
+    with pytest.raises(ValueError, match="statistics has dtype Half, expected contiguous float32"):
+        backward(statistics=statistics.half())
     with pytest.raises(ValueError, match="dq has dtype BFloat16, expected Float like q"):
         backward(dq=q.bfloat16())
     with pytest.raises(ValueError, match="dk has stride 5 in its last dimension, expected 1"):

@@ -17,7 +17,7 @@ struct AttentionForward {
   ScoreMask mask;
   bool causal;
   float scale;
-  float* lse;  // (B, H, Nq)
+  float *shifts, *inverse_sums;  // (B, H, Nq)
 };
 
 int64_t query_rows(int64_t keys) {
@@ -39,7 +39,7 @@ int64_t plan_groups(int64_t heads, int64_t blocks) {
 template <class T>
 struct ForwardBuffers {
   T *k_panels, *v_panels, *operand, *weights;
-  float *scores, *mask, *products, *inverse_sums;
+  float *scores, *mask, *products;
   int64_t ld;
 
   ForwardBuffers(const AttentionForward& args, int64_t rows, Scratch& scratch) : ld(operand_ld<float>(args.k.tokens)) {
@@ -50,7 +50,6 @@ struct ForwardBuffers {
                               args.q.operand_size<T>(rows));
     scores = scratch.take<float>(rows * ld);
     products = scratch.take<float>(rows * PANEL);
-    inverse_sums = scratch.take<float>(rows);
     mask = scratch.take<float>(args.mask.given() ? rows * ld : 0);
     weights = weights_for(scores, scratch, rows * ld);
   }
@@ -94,15 +93,15 @@ void attend_block(const AttentionForward& args, int64_t head, Range queries, con
   for (int64_t r = 0; args.mask.given() && r < (one_mask_row ? 1 : rows); ++r) {
     args.mask.row(head, queries.begin + r, {0, keys}, buffers.mask + r * ld);
   }
+  const int64_t first = head * args.q.tokens + queries.begin;
   softmax_rows({buffers.scores, ld, rows, keys, args.scale, args.mask.given() ? buffers.mask : nullptr,
                 one_mask_row ? 0 : ld, queries.begin, args.causal, buffers.weights, ld,
-                c10::CppTypeToScalarType<T>::value, buffers.inverse_sums,
-                args.lse + head * args.q.tokens + queries.begin});
+                c10::CppTypeToScalarType<T>::value, args.shifts + first, args.inverse_sums + first});
   char* out = static_cast<char*>(args.out.mutable_row(head, queries.begin));
   for (int64_t p = 0; p < ceil_div(dim, PANEL); ++p) {
     gemm_panel(buffers.weights, ld, buffers.v_panels + p * PANEL * padded_k<T>(all_keys), buffers.products, PANEL, rows,
                padded_k<T>(keys), tile_columns(dim, p));
-    store_scaled(buffers.products, rows, std::min(PANEL, dim - p * PANEL), buffers.inverse_sums,
+    store_scaled(buffers.products, rows, std::min(PANEL, dim - p * PANEL), args.inverse_sums + first,
                  {out + p * PANEL * args.out.tensor.element_size(), args.out.stride(), args.out.dtype()});
   }
 }
@@ -156,7 +155,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   const NoAutograd no_autograd;
   check_attention(q, k, v, attn_mask);
   const Tensor out = at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options()).transpose(1, 2);
-  const Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, at::kFloat);
+  const Tensor statistics = at::empty({2, q.size(0), q.size(1), q.size(2)}, at::kFloat);
   if (q.numel() > 0) {
     const AttentionForward args{Heads(q),
                                 Heads(k),
@@ -165,10 +164,11 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
                                 ScoreMask(attn_mask, {q.size(0), q.size(1), q.size(2), k.size(2)}),
                                 is_causal,
                                 static_cast<float>(scale),
-                                lse.mutable_data_ptr<float>()};
+                                statistics[0].mutable_data_ptr<float>(),
+                                statistics[1].mutable_data_ptr<float>()};
     with_compute_type(compute_dtype(q.scalar_type()), [&]<class T>(T) { attention_forward<T>(args); });
   }
-  return {out, lse};
+  return {out, statistics};
 }
 
 }  // namespace fastvit::cpu

@@ -74,7 +74,7 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Op
 // Columns of panel `p` of `size`, up to a multiple of 16.
 inline int64_t tile_columns(int64_t size, int64_t p) { return round_up(std::min(PANEL, size - p * PANEL), 16); }
 
-// The exponentials of a block of scores, their row sums and log-sum-exp.
+// The exponentials of a block of scores, weights = exp(score - shift), and their row sums.
 struct SoftmaxRows {
   float* scores;  // (rows, keys up to a multiple of 16), row stride ld; overwritten when there is a mask
   int64_t ld, rows, keys;
@@ -86,7 +86,7 @@ struct SoftmaxRows {
   void* weights;  // (rows, keys up to a multiple of 16) in `dtype`, zero behind the last visible key; may be `scores`
   int64_t weights_ld;
   at::ScalarType dtype;
-  float *inverse_sums, *lse;  // (rows); 0 and -inf where no key is visible
+  float *shifts, *inverse_sums;  // (rows); 0 where no key is visible
 };
 void softmax_rows(const SoftmaxRows& block);
 
@@ -97,14 +97,14 @@ void store_scaled(const float* products, int64_t rows, int64_t columns, const fl
 void row_dots(const void* a, int64_t a_stride, const void* b, int64_t b_stride, at::ScalarType dtype, int64_t rows,
               int64_t n, float* out);
 
-// Keys against 64 queries: the attention weights P^T = exp(scale K Q^T + mask - lse) and the gradient of the scores,
-// dS^T = P^T (V dO^T - delta) scale.
+// Keys against 64 queries: the attention weights P^T = exp(scale K Q^T + mask - shift) inverse_sum and the
+// gradient of the scores, dS^T = P^T (V dO^T - delta) scale.
 struct ScoreGradTile {
   float *scores, *dweights;  // (keys, 64) each: K Q^T and V dO^T
   int64_t keys, columns;     // columns: queries up to a multiple of 16
   float scale;
-  const float *lse, *delta;  // (64); lse inf where a query is missing or sees no key
-  const float* mask;         // null for none: (keys, 64), or (keys) when all queries share them
+  const float *shifts, *inverse_sums, *delta;  // (64); zeros where a query is missing or sees no key
+  const float* mask;                           // null for none: (keys, 64), or (keys) when all queries share them
   bool mask_by_key, causal;
   int64_t first_key, first_query;
 };

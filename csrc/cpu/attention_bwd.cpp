@@ -1,6 +1,6 @@
 // Attention backward, one task a head. It works on transposed scores, keys x 64 queries, made again from the saved
-// log-sum-exp:
-//   P^T = exp(scale K Q^T + mask - lse)    dS^T = P^T (V dO^T - delta) scale    delta = rowsum(dO O)
+// statistics, as exactly as in the forward:
+//   P^T = exp(scale K Q^T + mask - shift) inverse_sum    dS^T = P^T (V dO^T - delta) scale    delta = rowsum(dO O)
 //   dV += P^T dO    dK += dS^T Q    dQ^T += K^T dS^T
 // Either one is a left operand as it lies, dS^T a right operand too, so no scores are ever transposed. Nothing is
 // summed across threads.
@@ -19,7 +19,7 @@ struct AttentionBackward {
   ScoreMask mask;
   bool causal;
   float scale;
-  const float* lse;  // (B, H, Nq)
+  const float *shifts, *inverse_sums;  // (B, H, Nq)
   Heads dq, dk, dv;
 };
 
@@ -34,7 +34,7 @@ struct BackwardBuffers {
   Operand<T> k, v;
   T *k_transposed, *operand, *weights, *dscores, *dscore_pairs, *mask_panel;
   QueryPanels<T> q, dout;
-  float *scores, *dweights, *dk, *dv, *dq, *mask, *lse, *delta, *sixteen;
+  float *scores, *dweights, *dk, *dv, *dq, *mask, *shifts, *inverse_sums, *delta;
   int64_t k_ld, block;
 };
 
@@ -68,8 +68,9 @@ BackwardBuffers<T> load_head(const AttentionBackward& args, int64_t head, Scratc
   b.dk = scratch.take<float>(keys * width);
   b.dv = scratch.take<float>(keys * width);
   b.dq = scratch.take<float>(dim * PANEL);
-  b.lse = scratch.take<float>(2 * PANEL);
-  b.delta = b.lse + PANEL;
+  b.shifts = scratch.take<float>(3 * PANEL);
+  b.inverse_sums = b.shifts + PANEL;
+  b.delta = b.inverse_sums + PANEL;
   b.mask = scratch.take<float>(args.mask.given() ? b.block * 2 * PANEL : 0);
   b.k_transposed = scratch.take<T>(dim * b.k_ld);
   transpose_keys(args.k, head, scratch.take<float>(LANES * dim), b.k_transposed, b.k_ld);
@@ -91,14 +92,15 @@ void pack_queries(const Heads& x, int64_t head, Range queries, T* operand, const
   }
 }
 
-// lse and delta of 64 queries. A query that is not there, or sees no key, has lse inf: all its weights are zero.
-void load_statistics(const AttentionBackward& args, int64_t head, Range queries, float* lse, float* delta) {
-  constexpr float inf = std::numeric_limits<float>::infinity();
-  const float* saved = args.lse + head * args.q.tokens + queries.begin;
-  for (int64_t i = 0; i < PANEL; ++i) lse[i] = i < queries.size() && saved[i] != -inf ? saved[i] : inf;
-  std::fill_n(delta, PANEL, 0.0f);
+// Of 64 queries; zeros where there is none, which makes its weights zero.
+template <class T>
+void load_statistics(const AttentionBackward& args, int64_t head, Range queries, const BackwardBuffers<T>& b) {
+  const int64_t first = head * args.q.tokens + queries.begin, count = queries.size();
+  std::fill_n(b.shifts, 3 * PANEL, 0.0f);
+  std::copy_n(args.shifts + first, count, b.shifts);
+  std::copy_n(args.inverse_sums + first, count, b.inverse_sums);
   row_dots(args.dout.row(head, queries.begin), args.dout.stride(), args.out.row(head, queries.begin), args.out.stride(),
-           args.q.dtype(), queries.size(), args.q.dim, delta);
+           args.q.dtype(), count, args.q.dim, b.delta);
 }
 
 // The mask of a tile: one value a key, or (keys, 64).
@@ -137,10 +139,11 @@ void backward_tile(const AttentionBackward& args, int64_t head, Range queries, R
   gemm_panel(b.k.data + keys.begin * b.k.ld, b.k.ld, b.q.transposed, b.scores, PANEL, count, padded_k<T>(dim), columns);
   gemm_panel(b.v.data + keys.begin * b.v.ld, b.v.ld, b.dout.transposed, b.dweights, PANEL, count, padded_k<T>(dim),
              columns);
-  const ScoreOperands<T> scores = finish_scores(
-      {b.scores, b.dweights, count, columns, args.scale, b.lse, b.delta, load_mask(args, head, queries, keys, b.mask),
-       args.mask.given() && args.mask.same_for_queries(), args.causal, keys.begin, queries.begin},
-      b);
+  const ScoreOperands<T> scores =
+      finish_scores({b.scores, b.dweights, count, columns, args.scale, b.shifts, b.inverse_sums, b.delta,
+                     load_mask(args, head, queries, keys, b.mask), args.mask.given() && args.mask.same_for_queries(),
+                     args.causal, keys.begin, queries.begin},
+                    b);
   const int64_t query_k = padded_k<T>(queries.size());
   const bool add = args.causal || queries.begin > 0;
   for (int64_t p = 0; p < ceil_div(dim, PANEL); ++p) {
@@ -173,7 +176,7 @@ void backward_head(const AttentionBackward& args, int64_t head) {
     const Range queries{q0, std::min(tokens, q0 + PANEL)};
     pack_queries(args.q, head, queries, b.operand, b.q);
     pack_queries(args.dout, head, queries, b.operand, b.dout);
-    load_statistics(args, head, queries, b.lse, b.delta);
+    load_statistics(args, head, queries, b);
     const int64_t keys = args.causal ? std::min(all_keys, round_up(queries.end, PANEL)) : all_keys;
     for (int64_t k0 = 0; k0 < keys; k0 += b.block) {
       backward_tile(args, head, queries, {k0, std::min(keys, k0 + b.block)}, b);
@@ -197,8 +200,8 @@ void check_gradient(const char* name, const Tensor& grad, const Tensor& like, co
 }  // namespace
 
 void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                   const OptionalTensor& attn_mask, bool is_causal, const Tensor& out, const Tensor& lse, double scale,
-                   const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+                   const OptionalTensor& attn_mask, bool is_causal, const Tensor& out, const Tensor& statistics,
+                   double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
   constexpr const char* op = "attention";
   const NoAutograd no_autograd;
   check_attention(q, k, v, attn_mask);
@@ -206,9 +209,9 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   check_same_dtype(op, "dout", dout, "q", q);
   check_shape(op, "out", out, q.sizes(), "like q");
   check_same_dtype(op, "out", out, "q", q);
-  check_shape(op, "lse", lse, {q.size(0), q.size(1), q.size(2)}, "like q");
-  TORCH_CHECK_VALUE(lse.scalar_type() == at::kFloat && lse.is_contiguous(), op, ": lse has dtype ", lse.scalar_type(),
-                    ", expected contiguous float32");
+  check_shape(op, "statistics", statistics, {2, q.size(0), q.size(1), q.size(2)}, "like q");
+  TORCH_CHECK_VALUE(statistics.scalar_type() == at::kFloat && statistics.is_contiguous(), op, ": statistics has dtype ",
+                    statistics.scalar_type(), ", expected contiguous float32");
   check_gradient("dq", dq, q, "like q");
   check_gradient("dk", dk, k, "like k");
   check_gradient("dv", dv, v, "like v");
@@ -225,7 +228,8 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
                                ScoreMask(attn_mask, {q.size(0), q.size(1), q.size(2), k.size(2)}),
                                is_causal,
                                static_cast<float>(scale),
-                               lse.const_data_ptr<float>(),
+                               statistics[0].const_data_ptr<float>(),
+                               statistics[1].const_data_ptr<float>(),
                                Heads(dq),
                                Heads(dk),
                                Heads(dv)};

@@ -12,12 +12,6 @@ FASTVIT_INLINE f32x16 first_lanes(f32x16 value, int64_t count, float rest) {
   return count >= LANES ? value : LANE < static_cast<int32_t>(count) ? value : splat(rest);
 }
 
-FASTVIT_INLINE float max_lanes(f32x16 value) {
-  float top = value[0];
-  for (int i = 1; i < LANES; ++i) top = value[i] > top ? value[i] : top;
-  return top;
-}
-
 // A masked score is -inf whatever it was: NaN and inf behind a mask must not show.
 FASTVIT_INLINE f32x16 add_mask(f32x16 score, f32x16 mask) { return mask == -INF ? splat(-INF) : score + mask; }
 
@@ -55,7 +49,7 @@ FASTVIT_INLINE void softmax_row(const SoftmaxRows& block, int64_t r) {
   for (; key < block.keys; key += LANES) store16(weights + key, f32x16{});
   const float sum = sum_lanes(sums);
   block.inverse_sums[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
-  block.lse[r] = shift + __builtin_logf(sum);
+  block.shifts[r] = shift;
 }
 
 template <class S>
@@ -103,7 +97,7 @@ FASTVIT_INLINE ScoreGrad score_grad(const ScoreGradTile& tile, int64_t key, int6
     const int64_t hidden = tile.first_key + key - tile.first_query - column;  // queries before the key
     score = LANE < static_cast<int32_t>(std::clamp<int64_t>(hidden, 0, LANES)) ? splat(-INF) : score;
   }
-  const f32x16 weight = exp16(score - load16(tile.lse + column));
+  const f32x16 weight = exp16(score - load16(tile.shifts + column)) * load16(tile.inverse_sums + column);
   return {weight, weight * (load16(tile.dweights + at) - load16(tile.delta + column)) * tile.scale};
 }
 

@@ -62,14 +62,15 @@ std::tuple<Tensor, Tensor, Tensor> patch_embed_bwd(const Tensor& dout,  // (B, T
                                                    std::array<bool, 3> mask);
 
 // q, k, v (B, H, N, D) with any strides; attn_mask bool or float, broadcastable to (B, H, Nq, Nk).
-// out (B, H, Nq, D) stored as (B, Nq, H, D); lse (B, H, Nq) float32, -inf where no key is visible
+// out (B, H, Nq, D) stored as (B, Nq, H, D); statistics (2, B, H, Nq) float32: what a row of scores is shifted by, and
+// the reciprocal of its sum of exponentials, 0 where no key is visible
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
                                          const OptionalTensor& attn_mask, bool is_causal, double scale);
 
 // Writes dq, dk, dv (B, H, N, D), whose last dimension is contiguous: views of a packed gradient, for example.
 void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                   const OptionalTensor& attn_mask, bool is_causal, const Tensor& out, const Tensor& lse, double scale,
-                   const Tensor& dq, const Tensor& dk, const Tensor& dv);
+                   const OptionalTensor& attn_mask, bool is_causal, const Tensor& out, const Tensor& statistics,
+                   double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv);
 
 // out (..., E) in the dtype of x; mean, rstd (M,) float32; h (M, F) before the activation, empty unless save
 std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_mlp_fwd(

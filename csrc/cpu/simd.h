@@ -117,12 +117,6 @@ FASTVIT_INLINE f32x16 load_bytes(const char* src, int64_t bytes) {
   return part;
 }
 
-FASTVIT_INLINE float sum_lanes(f32x16 value) {
-  float total = 0;
-  for (int i = 0; i < 8; ++i) total += value[i] + value[i + 8];
-  return total;
-}
-
 // Lanes 0..15 are those of `a`, 16..31 those of `b`.
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
@@ -132,6 +126,23 @@ FASTVIT_INLINE float sum_lanes(f32x16 value) {
 #ifndef FASTVIT_SHUFFLE
 #define FASTVIT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i32x16){__VA_ARGS__})
 #endif
+
+// Lane 0 of the vector folded in half four times.
+template <class Fold>
+FASTVIT_INLINE float fold_lanes(f32x16 value, const Fold& fold) {
+  value = fold(value, FASTVIT_SHUFFLE(value, value, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  value = fold(value, FASTVIT_SHUFFLE(value, value, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  value = fold(value, FASTVIT_SHUFFLE(value, value, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  return fold(value, FASTVIT_SHUFFLE(value, value, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))[0];
+}
+
+FASTVIT_INLINE float sum_lanes(f32x16 value) {
+  return fold_lanes(value, [](f32x16 a, f32x16 b) __attribute__((always_inline)) { return a + b; });
+}
+
+FASTVIT_INLINE float max_lanes(f32x16 value) {
+  return fold_lanes(value, [](f32x16 a, f32x16 b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
 
 // Transpose a 16 x 16 tile: four perfect shuffles of its rows rotate the index bits (row, column) into (column, row).
 FASTVIT_INLINE void transpose16(f32x16 (&tile)[LANES]) {

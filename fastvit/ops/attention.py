@@ -133,15 +133,20 @@ def _tokens_first(q: Tensor) -> Tensor:
     return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
+def _statistics(rows: tuple[int, ...], like: Tensor, backend: str) -> Tensor:
+    """What the backward needs to know of (B, H, Nq) softmax rows: log-sum-exp, or in C++ the shift and 1 / sum."""
+    return like.new_empty((2, *rows) if backend == "cpp" else rows, dtype=torch.float32)
+
+
 def _fwd(q, k, v, attn_mask, is_causal, scale, backend):
     if q.numel() == 0:
-        return _tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        return _tokens_first(q), _statistics(q.shape[:3], q, backend)
     q, k, v = map(_rows_contiguous, (q, k, v))
     return _launch_fwd(backend, q, k, v, attn_mask, is_causal, scale)
 
 
 def _fwd_fake(q, k, v, attn_mask, is_causal, scale, backend):
-    return _tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _tokens_first(q), _statistics(q.shape[:3], q, backend)
 
 
 def _bwd(dout, q, k, v, attn_mask, is_causal, out, lse, scale, backend):
@@ -170,7 +175,7 @@ def _packed_fwd(qkv, num_heads, scale, backend):
 
 def _packed_fwd_fake(qkv, num_heads, scale, backend):
     batch, tokens, packed = qkv.shape
-    return qkv.new_empty(batch, tokens, packed // 3), qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
+    return qkv.new_empty(batch, tokens, packed // 3), _statistics((batch, num_heads, tokens), qkv, backend)
 
 
 def _packed_bwd(dout, qkv, out, lse, num_heads, scale, backend):
