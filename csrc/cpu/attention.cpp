@@ -86,8 +86,8 @@ void attend_block(const AttentionForward& args, int64_t head, Range queries, con
   const int64_t keys = args.causal ? std::min(all_keys, round_up(queries.end, PANEL)) : all_keys;
   const Operand<T> q = head_operand<T>(args.q, head, queries, buffers.operand);
   for (int64_t p = 0; p < ceil_div(keys, PANEL); ++p) {
-    gemm_panel(q.data, q.ld, buffers.k_panels + p * PANEL * padded_k<T>(dim), buffers.scores + p * PANEL, ld, rows,
-               padded_k<T>(dim), tile_columns(keys, p));
+    gemm_scores(q.data, q.ld, buffers.k_panels + p * PANEL * padded_k<T>(dim), buffers.scores + p * PANEL, ld, rows,
+                dim, tile_columns(keys, p), all_keys);
   }
   const bool one_mask_row = args.mask.given() && args.mask.same_for_queries();
   for (int64_t r = 0; args.mask.given() && r < (one_mask_row ? 1 : rows); ++r) {

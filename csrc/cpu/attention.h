@@ -74,6 +74,18 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Op
 // Columns of panel `p` of `size`, up to a multiple of 16.
 inline int64_t tile_columns(int64_t size, int64_t p) { return round_up(std::min(PANEL, size - p * PANEL), 16); }
 
+// Dot products over the head dim. Stock PyTorch adds those of few keys in sixteen partial sums, so that they round
+// less; steps of sixteen round as little, and cost nothing where there are few.
+template <class T>
+void gemm_scores(const T* a, int64_t lda, const T* b, float* c, int64_t ldc, int64_t rows, int64_t dim, int64_t columns,
+                 int64_t keys) {
+  constexpr int64_t few_keys = 32;
+  if (sizeof(T) == 2 || keys > few_keys) return gemm_panel(a, lda, b, c, ldc, rows, padded_k<T>(dim), columns);
+  for (int64_t k = 0; k < dim; k += LANES) {
+    gemm_tile(a + k, lda, b + k * PANEL, c, ldc, rows, std::min(LANES, dim - k), k > 0, columns);
+  }
+}
+
 // The exponentials of a block of scores, weights = exp(score - shift), and their row sums.
 struct SoftmaxRows {
   float* scores;  // (rows, keys up to a multiple of 16), row stride ld; overwritten when there is a mask

@@ -136,9 +136,10 @@ template <class T>
 void backward_tile(const AttentionBackward& args, int64_t head, Range queries, Range keys,
                    const BackwardBuffers<T>& b) {
   const int64_t dim = args.q.dim, columns = round_up(queries.size(), LANES), count = keys.size();
-  gemm_panel(b.k.data + keys.begin * b.k.ld, b.k.ld, b.q.transposed, b.scores, PANEL, count, padded_k<T>(dim), columns);
-  gemm_panel(b.v.data + keys.begin * b.v.ld, b.v.ld, b.dout.transposed, b.dweights, PANEL, count, padded_k<T>(dim),
-             columns);
+  gemm_scores(b.k.data + keys.begin * b.k.ld, b.k.ld, b.q.transposed, b.scores, PANEL, count, dim, columns,
+              args.k.tokens);
+  gemm_scores(b.v.data + keys.begin * b.v.ld, b.v.ld, b.dout.transposed, b.dweights, PANEL, count, dim, columns,
+              args.k.tokens);
   const ScoreOperands<T> scores =
       finish_scores({b.scores, b.dweights, count, columns, args.scale, b.shifts, b.inverse_sums, b.delta,
                      load_mask(args, head, queries, keys, b.mask), args.mask.given() && args.mask.same_for_queries(),

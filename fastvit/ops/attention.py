@@ -114,8 +114,8 @@ def _launch_fwd(backend, q, k, v, attn_mask, is_causal, scale):
 
 def _launch_bwd(backend, dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv) -> None:
     if backend == "cpp":
-        kernels = _contract.compiled(backend)
-        kernels.attention_bwd(dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv)
+        cpp = _contract.compiled(backend)
+        cpp.attention_bwd(dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv)
         return
     from ..kernels import attention as kernels  # type: ignore[attr-defined]
 

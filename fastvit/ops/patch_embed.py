@@ -92,8 +92,8 @@ def _check_tables(weight, bias, pos_embed, prefix, patches: int) -> None:
 
 def _launch_fwd(backend, images, weight, bias, pos_embed, prefix, mean, std, cache):
     if backend == "cpp":
-        kernels = _contract.compiled(backend)
-        return kernels.patch_embed_fwd(images, weight, bias, pos_embed, prefix, mean, std, cache)
+        cpp = _contract.compiled(backend)
+        return cpp.patch_embed_fwd(images, weight, bias, pos_embed, prefix, mean, std, cache)
     from ..kernels import patch_embed as kernels  # type: ignore[attr-defined]
 
     return kernels.patch_embed_fwd(images, weight, bias, pos_embed, prefix, mean, std)
@@ -102,8 +102,8 @@ def _launch_fwd(backend, images, weight, bias, pos_embed, prefix, mean, std, cac
 def _launch_bwd(backend, dout, images, weight, num_prefix, mean, std, wants):
     """(dimages, dweight, sum of dout over the samples), None for each that is not wanted."""
     if backend == "cpp":
-        kernels = _contract.compiled(backend)
-        return keep(wants, kernels.patch_embed_bwd(dout, images, weight, num_prefix, mean, std, wants))
+        cpp = _contract.compiled(backend)
+        return keep(wants, cpp.patch_embed_bwd(dout, images, weight, num_prefix, mean, std, wants))
     from ..kernels import patch_embed as kernels  # type: ignore[attr-defined]
 
     return kernels.patch_embed_bwd(dout, images, weight, num_prefix, mean, std, wants)
