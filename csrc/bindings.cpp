@@ -21,7 +21,7 @@ py::dict build_info() {
 }
 
 py::dict cpu_capabilities() {
-  return py::dict("fp32"_a = cpu::fp32_gemm_kind(), "bf16"_a = cpu::has_bf16_gemm() ? "brgemm" : "fp32",
+  return py::dict("fp32"_a = cpu::fp32_gemm_kind(), "bf16"_a = cpu::bf16_gemm_kind(),
                   "threads"_a = at::get_num_threads());
 }
 

@@ -70,7 +70,8 @@ void run_gemm(int64_t count, const PackedWeight& weight, const Load& load, const
     float* products = scratch.take<float>(rows.size() * PANEL);
     const Operand<T> a = load(rows, scratch);
     for (int64_t p = panels.begin; p < panels.end; ++p) {
-      gemm_panel(a.data, a.ld, weight.panel<T>(p), products, PANEL, rows.size(), padded_k<T>(weight.k));
+      const T* next = p + 1 < panels.end ? weight.panel<T>(p + 1) : nullptr;
+      gemm_panel(a.data, a.ld, weight.panel<T>(p), products, PANEL, rows.size(), padded_k<T>(weight.k), PANEL, next);
       store(products, rows, p);
     }
     gemm_release<T>();
