@@ -206,6 +206,7 @@ parts = compiled_parts()
 setup(
     packages=[*find_packages(include=["fastvit", "fastvit.*"]), "fastvit.kernels"],
     package_dir={"fastvit.kernels": "kernels"},
+    package_data={"fastvit": ["py.typed"]},
     ext_modules=parts.get("ext_modules", []),
     cmdclass={"build_py": BuildPython, **parts.get("cmdclass", {})},
 )

@@ -1,4 +1,4 @@
-"""Write README's tables from the newest result file of each device:  python benchmarks/results.py [--print]"""
+"""Write README's tables from the result files of each device:  python benchmarks/results.py [--print]"""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin (make results) -->", "<!-- results:end -->"
+VERSIONS = ("device", "driver", "torch", "triton", "python")
 HEAD = (
     "",
     "mode",
@@ -30,11 +31,38 @@ HEAD = (
 )
 
 
-def newest() -> Iterator[dict[str, Any]]:
+def results() -> Iterator[dict[str, Any]]:
+    """The files of each device with its newest one's versions, as one; a case timed again counts as timed last."""
     for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
-        found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-        if found:
-            yield max(found, key=lambda result: result["machine"]["date"])
+        files = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+        if not files:
+            continue
+        files.sort(key=lambda result: result["machine"]["date"], reverse=True)
+        newest = files[0]["machine"]
+        same = [result for result in files if all(result["machine"].get(key) == newest.get(key) for key in VERSIONS)]
+        yield {"machine": newest, "commits": _commits(same), "cases": _newest_cases(same)}
+
+
+def _commits(files: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(result["machine"]["commit"] for result in files))
+
+
+def _newest_cases(files: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
+    found: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for result in files:
+        for case in cases(result["rows"]):
+            found.setdefault(_key(case["fastvit"]), case)
+    return [found[key] for key in sorted(found, key=_order)]
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return row.get("op") or "", row.get("model") or "", row["mode"], row["dtype"], row["batch"]
+
+
+def _order(key: tuple) -> tuple:
+    """Models after ops, float32 first."""
+    op, model, mode, dtype, batch = key
+    return bool(model), dtype != "float32", mode == "train", op, model, mode, dtype, batch
 
 
 def section(result: dict[str, Any]) -> list[str]:
@@ -43,16 +71,17 @@ def section(result: dict[str, Any]) -> list[str]:
     versions = [f"torch {machine['torch']}", f"triton {machine['triton']}", f"Python {machine['python']}"]
     if machine.get("driver"):
         versions.append(f"driver {machine['driver']}")
-    lines = [f"**{machine['device']}**, {', '.join(versions)}; commit {machine['commit']}, {machine['date'][:10]}.", ""]
+    made = f"commit {', '.join(result['commits'])}; {machine['date'][:10]}"
+    lines = [f"**{machine['device']}**, {', '.join(versions)}; {made}.", ""]
     lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * 4 + "---:|" * (len(HEAD) - 4)]
-    return lines + ["| " + " | ".join(line(case)) + " |" for case in cases(result["rows"])] + [""]
+    return lines + ["| " + " | ".join(line(case)) + " |" for case in result["cases"]] + [""]
 
 
 def cases(rows: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
     """Rows timed together, by provider; of a case timed more than once, the run with most providers."""
     together: dict[tuple, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        key = (row.get("op"), row.get("model"), row["mode"], row["dtype"], row["batch"], row.get("job"))
+        key = (*_key(row), row.get("job"))
         together.setdefault(key, {})[row["provider"]] = row
     best: dict[tuple, dict[str, dict[str, Any]]] = {}
     for key, case in together.items():
@@ -85,7 +114,7 @@ def share(ours: dict[str, Any], eager: dict[str, Any] | None, key: str) -> str:
 
 
 def main() -> int:
-    text = [line for result in newest() for line in section(result)]
+    text = [line for result in results() for line in section(result)]
     if text:
         text.append(
             "Times are medians; ratios are medians of ratios taken within interleaved rounds; memory and error are"

@@ -114,21 +114,34 @@ class Accuracy:
         return self.max_error <= self.max_limit and self.rms_error <= self.rms_limit
 
 
+@dataclass(frozen=True)
+class Errors:
+    """Distance of a result from the exact one."""
+
+    max: float
+    rms: float
+
+
+def errors(value: Tensor, exact: Tensor) -> Errors:
+    """Errors of ``value`` against ``exact`` (float64, same shape). A NaN in either shows as NaN."""
+    if value.shape != exact.shape:
+        raise AssertionError(f"shapes differ: value {value.shape}, exact {exact.shape}")
+    if value.numel() == 0:
+        return Errors(0.0, 0.0)
+    difference = value.detach().double().cpu() - exact.detach().double().cpu()
+    return Errors(difference.abs().max().item(), difference.square().mean().sqrt().item())
+
+
+def judge(fused: Errors, eager: Errors, exact: Tensor, dtype: torch.dtype, factor: float = 2.0) -> Accuracy:
+    """Hold the errors of ``fused`` to those of ``eager``, both computed in ``dtype``, in the maximum and in the rms."""
+    size, unit = errors(torch.zeros_like(exact), exact), torch.finfo(dtype).eps
+    max_limit = factor * eager.max + unit * size.max
+    return Accuracy(fused.max, eager.max, max_limit, fused.rms, eager.rms, factor * eager.rms + 0.01 * unit * size.rms)
+
+
 def accuracy(fused: Tensor, eager: Tensor, exact: Tensor, factor: float = 2.0) -> Accuracy:
     """Measure ``fused`` and ``eager`` (one dtype) against ``exact`` (float64). NaN anywhere fails both gates."""
-    if not fused.shape == eager.shape == exact.shape:
-        raise AssertionError(f"shapes differ: fused {fused.shape}, eager {eager.shape}, exact {exact.shape}")
-    if fused.numel() == 0:
-        return Accuracy(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    exact = exact.detach().double().cpu()
-    scale = exact.abs().max().item()
-    unit = torch.finfo(fused.dtype).eps
-    ours = fused.detach().double().cpu() - exact
-    stock = eager.detach().double().cpu() - exact
-    rms, rms_stock = ours.square().mean().sqrt().item(), stock.square().mean().sqrt().item()
-    tiny = 0.01 * unit * exact.square().mean().sqrt().item()
-    worst, worst_stock = ours.abs().max().item(), stock.abs().max().item()
-    return Accuracy(worst, worst_stock, factor * worst_stock + unit * scale, rms, rms_stock, factor * rms_stock + tiny)
+    return judge(errors(fused, exact), errors(eager, exact), exact, fused.dtype, factor)
 
 
 def assert_as_accurate(fused: Tensor, eager: Tensor, exact: Tensor, name: str = "output", factor: float = 2.0) -> None:

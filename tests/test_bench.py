@@ -56,7 +56,7 @@ def test_stock_model_computes_what_fastvit_computes():
     model = create_model("vit_tiny_patch16_224", num_classes=10).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    baseline = stock.VisionTransformer(192, 12, 3, 768, num_classes=10)
+    baseline = stock.VisionTransformer(model)
     baseline.load_state_dict(model.state_dict())
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():

@@ -85,8 +85,9 @@ def test_python_m_fastvit_runs_from_anywhere(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_info_names_for_each_op_what_really_runs(capsys):
-    assert main(["info", "--device", "cpu", "--json", "-"]) == FINE
+@pytest.mark.parametrize("target", [[], ["-"]])
+def test_info_names_for_each_op_what_really_runs(target, capsys):
+    assert main(["info", "--device", "cpu", "--json", *target]) == FINE
     result = from_stdout(capsys)
     assert result["ops"].keys() == dispatch.OPS.keys()
     for name, found in result["ops"].items():

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastvit import data
+from fastvit.bench.stock import VisionTransformer
 from fastvit.cli import _knn, _picture, _stock, demo, main
 from fastvit.cli._common import FINE, MISSED, MISSING, USAGE
 from fastvit.model import create_model
@@ -189,7 +190,7 @@ def test_the_plain_stock_model_computes_what_fastvit_does(name):
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.normal_(0, 0.3)
-    stock = _stock.StockViT(ours).double()
+    stock = VisionTransformer(ours).double()
     stock.load_state_dict(ours.state_dict())
     images = torch.randn(2, 3, size, size, dtype=torch.float64)
     torch.testing.assert_close(stock(images), ours(images))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up; a part is the first component below fastvit. Each imports from its own layer or a lower one.
 LAYERS = (
     {"reference", "_extension", "kernels"},
-    {"dispatch", "testing"},
+    {"dispatch", "relabel", "testing"},
     {"ops"},
     {"fused", "norm_act", "resample", "weight_init"},
     {"layers", "pool"},

@@ -25,6 +25,7 @@ def check_kernels_are_packaged() -> None:
     folder = Path(next(iter(fastvit.kernels.__path__)))
     assert folder.resolve().is_relative_to(SITE), folder
     assert {"attention.py", "patch_embed.py"} <= {path.name for path in folder.iterdir()}
+    assert (folder.parent / "py.typed").exists(), "type checkers take the package for untyped"
 
 
 def check_op(name: str, backend: str) -> None:

@@ -76,16 +76,9 @@ class ModelCase:
         return model.train(self.mode == "train").requires_grad_(self.mode == "train")
 
     def _stock(self) -> nn.Module:
-        shape = self.shape
-        return stock.VisionTransformer(
-            shape.embed_dim,
-            self.depth,
-            shape.num_heads,
-            shape.hidden_dim,
-            shape.patch_size,
-            shape.image_size,
-            self.num_classes,
-        )
+        with torch.device("meta"):
+            like = create_model(self.name)
+        return stock.VisionTransformer(like)
 
     def _step(self, model: nn.Module, provider: Provider) -> Callable[[Any], Any]:
         images = self.images.float() if provider.autocast else self.images

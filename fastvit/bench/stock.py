@@ -5,6 +5,8 @@ Nothing here touches a kernel or the dispatcher, so a fault there cannot hide in
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,71 +35,54 @@ def attention_packed(qkv: Tensor, num_heads: int) -> Tensor:
     return attention(*reference.unpack_qkv(qkv, num_heads)).transpose(1, 2).flatten(2)
 
 
-class _Attention(nn.Module):
-    def __init__(self, embed_dim: int, num_heads: int):
+class VisionTransformer(nn.Module):
+    """The plain ViT of the paper, with timm's parameter names and the sizes of ``like``: (B, 3, IH, IW) -> logits.
+
+    LayerScale and the head where ``like`` has them; without a head, the class token's features (B, E).
+    """
+
+    def __init__(self, like: Any):
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.proj = nn.Linear(embed_dim, embed_dim)
+        width, patch = like.cls_token.shape[-1], like.patch_embed.proj.kernel_size
+        self.cls_token = nn.Parameter(torch.zeros(like.cls_token.shape))
+        self.pos_embed = nn.Parameter(torch.zeros(like.pos_embed.shape))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
+        self.blocks = nn.Sequential(*(_Block(block, width) for block in like.blocks))
+        self.norm = nn.LayerNorm(width, eps=like.norm.eps)
+        has_head = isinstance(like.head, nn.Linear)
+        self.head = nn.Linear(width, like.head.out_features) if has_head else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attention_packed(self.qkv(x), self.num_heads))
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, 3, IH, IW) -> (B, 1 + L, E)."""
+        tokens = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + self.pos_embed
+        return self.norm(self.blocks(tokens))
 
-
-class _Mlp(nn.Module):
-    def __init__(self, embed_dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(embed_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, embed_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.forward_features(images)[:, 0])
 
 
 class _Block(nn.Module):
-    def __init__(self, embed_dim: int, num_heads: int, hidden_dim: int):
+    def __init__(self, like: Any, width: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.attn = _Attention(embed_dim, num_heads)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.mlp = _Mlp(embed_dim, hidden_dim)
+        hidden = like.mlp.fc1.out_features
+        self.num_heads = like.attn.num_heads
+        self.norm1 = nn.LayerNorm(width, eps=like.norm1.eps)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.ls1 = _LayerScale(width) if hasattr(like.ls1, "gamma") else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps=like.norm2.eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "act": nn.GELU(), "fc2": nn.Linear(hidden, width)})
+        self.ls2 = _LayerScale(width) if hasattr(like.ls2, "gamma") else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.ls1(self.attn["proj"](attention_packed(self.attn["qkv"](self.norm1(x)), self.num_heads)))
+        return x + self.ls2(self.mlp["fc2"](self.mlp["act"](self.mlp["fc1"](self.norm2(x)))))
 
 
-class _PatchEmbed(nn.Module):
-    def __init__(self, embed_dim: int, patch_size: int):
+class _LayerScale(nn.Module):
+    def __init__(self, width: int):
         super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+        self.gamma = nn.Parameter(torch.empty(width))
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
-class VisionTransformer(nn.Module):
-    """The plain ViT of the paper with timm's parameter names; (B, 3, IH, IW) -> (B, num_classes)."""
-
-    def __init__(
-        self,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        hidden_dim: int,
-        patch_size: int = 16,
-        image_size: int = 224,
-        num_classes: int = 1000,
-    ):
-        super().__init__()
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, embed_dim))
-        self.patch_embed = _PatchEmbed(embed_dim, patch_size)
-        self.blocks = nn.Sequential(*[_Block(embed_dim, num_heads, hidden_dim) for _ in range(depth)])
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.head = nn.Linear(embed_dim, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.patch_embed(images)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
-        return self.head(self.norm(self.blocks(x))[:, 0])
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma

@@ -90,7 +90,12 @@ def json_target(text: str) -> str:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--json", type=json_target, metavar="FILE", help="write the report as JSON; '-' is standard output, alone"
+        "--json",
+        nargs="?",
+        const="-",
+        type=json_target,
+        metavar="FILE",
+        help="write the report as JSON; alone or with '-', to standard output and nothing else",
     )
 
 
