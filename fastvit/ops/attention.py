@@ -282,8 +282,8 @@ def _why_not_triton_packed(qkv, num_heads, dropout_p, scale):
     return _why_not_triton(q, k, v, None, False, dropout_p, scale)
 
 
-def _why_not_cpp(q, k, v, attn_mask, is_causal, dropout_p, scale):
-    reasons = _contract.why_not_compiled("cpp", q, q, "q")
+def _why_not_cpp(q, k, v, attn_mask, is_causal, dropout_p, scale, name="q"):
+    reasons = _contract.why_not_compiled("cpp", q, q, name)
     if attn_mask is not None and attn_mask.requires_grad:
         reasons.append("attn_mask requires a gradient, cpp gives none")
     if dropout_p > 0.0:
@@ -292,7 +292,7 @@ def _why_not_cpp(q, k, v, attn_mask, is_causal, dropout_p, scale):
 
 
 def _why_not_cpp_packed(qkv, num_heads, dropout_p, scale):
-    return _why_not_cpp(qkv, None, None, None, False, dropout_p, scale)
+    return _why_not_cpp(qkv, None, None, None, False, dropout_p, scale, "qkv")
 
 
 def _runner(backend: str):
