@@ -21,7 +21,7 @@ py::dict build_info() {
 }
 
 py::dict cpu_capabilities() {
-  return py::dict("fp32"_a = cpu::fp32_gemm_kind(), "bf16"_a = cpu::has_bf16_gemm() ? "brgemm" : "fp32",
+  return py::dict("fp32"_a = cpu::fp32_gemm_kind(), "bf16"_a = cpu::bf16_gemm_kind(),
                   "threads"_a = at::get_num_threads());
 }
 
@@ -43,6 +43,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "layer_scale"_a, "row_scale"_a, "cache"_a);
   m.def("linear_residual_bwd", &cpu::linear_residual_bwd, no_gil, "dout"_a, "x"_a, "weight"_a, "bias"_a,
         "layer_scale"_a, "row_scale"_a, "mask"_a);
+  m.def("patch_embed_fwd", &cpu::patch_embed_fwd, no_gil, "images"_a, "weight"_a, "bias"_a, "pos_embed"_a, "prefix"_a,
+        "mean"_a, "std"_a, "cache"_a);
+  m.def("patch_embed_bwd", &cpu::patch_embed_bwd, no_gil, "dout"_a, "images"_a, "weight"_a, "num_prefix"_a, "mean"_a,
+        "std"_a, "mask"_a);
+  m.def("attention_fwd", &cpu::attention_fwd, no_gil, "q"_a, "k"_a, "v"_a, "attn_mask"_a, "is_causal"_a, "scale"_a);
+  m.def("attention_bwd", &cpu::attention_bwd, no_gil, "dout"_a, "q"_a, "k"_a, "v"_a, "attn_mask"_a, "is_causal"_a,
+        "out"_a, "statistics"_a, "scale"_a, "dq"_a, "dk"_a, "dv"_a);
   m.def("layernorm_mlp_fwd", &cpu::layernorm_mlp_fwd, no_gil, "x"_a, "norm_weight"_a, "norm_bias"_a, "fc1_weight"_a,
         "fc1_bias"_a, "fc2_weight"_a, "fc2_bias"_a, "layer_scale"_a, "row_scale"_a, "act"_a, "eps"_a, "residual"_a,
         "save"_a, "cache"_a);

@@ -89,6 +89,30 @@ def test_rows_of_a_model_have_the_committed_form():
     assert result["rows"][0]["images_per_s"] == pytest.approx(1000 / result["rows"][0]["p50_ms"])
 
 
+@pytest.mark.parametrize("provider", ["onnxruntime", "openvino"])
+def test_a_peer_that_is_not_installed_is_reported(monkeypatch, provider):
+    monkeypatch.setattr(bench.runtimes.importlib.util, "find_spec", lambda name: None)
+    case = {"models": ["vit_tiny_patch16_224"], "batch": 1, "rounds": 1, "device": "cpu"}
+    result = bench.run(**case, providers=["fastvit", provider])
+    (entry,) = result["refused"]
+    assert entry["missing"]
+    assert entry["reason"] == f"{provider} is not installed"
+    (refused,) = bench.run(**case, mode="train", providers=[provider])["refused"]
+    assert refused["reason"] == f"{provider} is compared for infer on a CPU only"
+
+
+@pytest.mark.parametrize("provider", ["onnxruntime", "openvino"])
+def test_a_peer_computes_the_same_model(provider):
+    pytest.importorskip(provider, reason=f"{provider} is not installed")
+    result = bench.run(
+        models=["vit_tiny_patch16_224"], batch=1, rounds=1, device="cpu", providers=["fastvit", "eager", provider]
+    )
+    assert not [entry for entry in result["refused"] if not entry["missing"]]
+    ours = result["rows"][0]
+    assert ours["best_peer"] in ("eager", provider)
+    assert ours["ratio_to_best_peer"] > 0
+
+
 @pytest.mark.parametrize("mode", ["fwd", "bwd"])
 def test_a_wrong_result_is_refused_not_timed(monkeypatch, mode):
     right = ops.linear_residual

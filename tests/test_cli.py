@@ -203,6 +203,23 @@ def test_bench_writes_rows_and_a_picture(tmp_path, capsys):
     assert Image.open(plot).size > (400, 100)
 
 
+def test_bench_takes_lists_of_batches_and_dtypes(capsys):
+    arguments = ["bench", "--ops", "linear_residual", "--shape", "tiny", "--rounds", "1", "--device", "cpu"]
+    assert main([*arguments, "--batch", "1,2", "--dtype", "float32,bf16", "--json", "-"]) == FINE
+    rows = from_stdout(capsys)["rows"]
+    assert [(row["dtype"], row["batch"]) for row in rows[::2]] == [
+        ("float32", 1), ("float32", 2), ("bfloat16", 1), ("bfloat16", 2)
+    ]  # fmt: skip
+
+
+def test_bench_ends_well_when_a_peer_is_missing(monkeypatch, capsys):
+    missing = {"model": "vit", "provider": "openvino", "reason": "openvino is not installed", "missing": True}
+    machine = {"device": "", "cores": 1, "torch": ""}
+    monkeypatch.setattr(bench, "run", lambda **_: {"machine": machine, "rows": [], "refused": [missing]})
+    assert main(["bench", "--device", "cpu"]) == FINE
+    assert "openvino is not installed" in capsys.readouterr().out
+
+
 def test_bench_ends_with_one_when_something_is_refused(monkeypatch, capsys):
     refused = {"op": "attention", "provider": "fastvit", "reason": "error 3 is above 2"}
     monkeypatch.setattr(

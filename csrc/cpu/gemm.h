@@ -17,23 +17,29 @@ constexpr int64_t K_BLOCK = 768;  // k a call: a panel block of 192 KB stays in 
 at::ScalarType compute_dtype(at::ScalarType dtype);
 bool has_bf16_gemm();
 const char* fp32_gemm_kind();
+const char* bf16_gemm_kind();
 
 template <class T>
 constexpr int64_t padded_k(int64_t k) {
   return sizeof(T) == 2 ? round_up(k, 2) : k;
 }
 
-// C (rows, 64) = A (rows, k) B (k, 64), or += when `accumulate`. k even for bfloat16. C is float32.
+// C (rows, columns) = A (rows, k) B (k, columns), or += when `accumulate`, of a packed panel's first `columns`, a
+// multiple of 16. k even for bfloat16. C is float32. While it computes it fetches `next`, a B tile of the same k, into
+// L2 (null for none): the weights of a small batch come from memory, and waiting for them would cost a tenth of the
+// time.
 void gemm_tile(const float* a, int64_t lda, const float* b, float* c, int64_t ldc, int64_t rows, int64_t k,
-               bool accumulate);
+               bool accumulate, int64_t columns = PANEL, const void* next = nullptr);
 void gemm_tile(const c10::BFloat16* a, int64_t lda, const c10::BFloat16* b, float* c, int64_t ldc, int64_t rows,
-               int64_t k, bool accumulate);
+               int64_t k, bool accumulate, int64_t columns = PANEL, const void* next = nullptr);
 
-// The whole k range in blocks.
+// The whole k range in blocks. `next` is the panel that will be read after this one.
 template <class T>
-void gemm_panel(const T* a, int64_t lda, const T* b, float* c, int64_t ldc, int64_t rows, int64_t k) {
+void gemm_panel(const T* a, int64_t lda, const T* b, float* c, int64_t ldc, int64_t rows, int64_t k,
+                int64_t columns = PANEL, const T* next = nullptr) {
   for (int64_t k0 = 0; k0 < k; k0 += K_BLOCK) {
-    gemm_tile(a + k0, lda, b + k0 * PANEL, c, ldc, rows, std::min(K_BLOCK, k - k0), k0 > 0);
+    const T* following = k0 + K_BLOCK < k ? b + (k0 + K_BLOCK) * PANEL : next;
+    gemm_tile(a + k0, lda, b + k0 * PANEL, c, ldc, rows, std::min(K_BLOCK, k - k0), k0 > 0, columns, following);
   }
 }
 

@@ -7,10 +7,12 @@ namespace {
 
 template <class D>
 FASTVIT_INLINE void transpose_rows16_to(const float* src, int64_t width, void* dst, int64_t ld) {
-  for (int64_t e = 0; e < width; ++e) {
-    f32x16 column;
-    for (int64_t i = 0; i < LANES; ++i) column[i] = src[i * width + e];
-    store16(static_cast<D*>(dst) + e * ld, column);
+  for (int64_t e = 0; e < width; e += LANES) {
+    const int64_t count = std::min(LANES, width - e);
+    f32x16 tile[LANES];
+    for (int64_t i = 0; i < LANES; ++i) tile[i] = load_part(src + i * width + e, count);
+    transpose16(tile);
+    for (int64_t i = 0; i < count; ++i) store16(static_cast<D*>(dst) + (e + i) * ld, tile[i]);
   }
 }
 
@@ -18,10 +20,14 @@ template <class D>
 FASTVIT_INLINE void store_transposed_as(const TransposedTile& tile) {
   for (int64_t e = 0; e < tile.width; e += LANES) {
     const int64_t count = std::min(LANES, tile.width - e);
-    for (int64_t n = 0; n < tile.columns; ++n) {
-      f32x16 row{};
-      for (int64_t i = 0; i < count; ++i) row[i] = tile.sums[(e + i) * PANEL + n];
-      store_part(static_cast<D*>(tile.out) + n * tile.stride + e, row * (tile.scale ? tile.scale[n] : 1.0f), count);
+    for (int64_t n0 = 0; n0 < tile.columns; n0 += LANES) {
+      f32x16 rows[LANES] = {};
+      for (int64_t i = 0; i < count; ++i) rows[i] = load16(tile.sums + (e + i) * PANEL + n0);
+      transpose16(rows);
+      for (int64_t n = n0; n < std::min(n0 + LANES, tile.columns); ++n) {
+        const float scale = tile.scale ? tile.scale[n] : 1.0f;
+        store_part(static_cast<D*>(tile.out) + n * tile.stride + e, rows[n - n0] * scale, count);
+      }
     }
   }
 }

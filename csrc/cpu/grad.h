@@ -26,16 +26,16 @@ struct TransposedRows {
 // dst[e * ld + m] = src[m * width + e] for 16 rows m
 void transpose_rows16(const float* src, int64_t width, void* dst, int64_t ld, at::ScalarType dtype);
 
-// load(i, buffer) returns row i in float32, in `buffer` or elsewhere.
+// load(i, buffer) returns row i in float32, in `buffer`, which has `spare` values more, or elsewhere.
 template <class T, class Load>
-TransposedRows<T> transpose_rows(int64_t rows, int64_t width, const Load& load) {
+TransposedRows<T> transpose_rows(int64_t rows, int64_t width, const Load& load, int64_t spare = 0) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
   const int64_t ld = round_up(std::min(rows, ROW_CHUNK), LANES);
   TransposedRows<T> out{at::empty({row_chunks(rows), width, ld}, dtype), width, ld};
   T* data = out.storage.template mutable_data_ptr<T>();
   parallel_tasks(ceil_div(rows, ROW_GROUP), [&](int64_t group) {
     Scratch scratch;
-    float* buffer = scratch.take<float>(width);
+    float* buffer = scratch.take<float>(width + spare);
     float* sixteen = scratch.take<float>(LANES * width);
     for (int64_t m0 = group * ROW_GROUP; m0 < std::min(rows, (group + 1) * ROW_GROUP); m0 += LANES) {
       for (int64_t i = 0; i < LANES; ++i) {

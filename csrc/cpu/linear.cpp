@@ -3,7 +3,7 @@
 namespace fastvit::cpu {
 namespace {
 
-constexpr int64_t MAX_BLOCK_ROWS = 128;  // rows that share one pass over a weight panel
+constexpr int64_t MAX_BLOCK_ROWS = 112;  // rows that share one pass over a weight panel
 constexpr int64_t MIN_BLOCK_ROWS = 16;
 constexpr int64_t PANEL_LOAD_ROWS = 12;  // reading a panel costs about as much as multiplying this many rows by it
 

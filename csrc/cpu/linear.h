@@ -59,22 +59,29 @@ Grid plan_grid(int64_t rows, int64_t panels);
 // Row blocks for work that needs all columns of a row.
 int64_t plan_row_blocks(int64_t rows);
 
-// For every tile: store(products (rows, 64) with row stride 64, rows, panel).
-template <class T, class Store>
-void run_linear(const Rows& x, const Norm& norm, const PackedWeight& weight, const Store& store) {
-  const Grid grid = plan_grid(x.count, weight.panels);
+// For every tile: store(products (rows, 64) with row stride 64, rows, panel). load(rows, scratch) gives the operand.
+template <class T, class Load, class Store>
+void run_gemm(int64_t count, const PackedWeight& weight, const Load& load, const Store& store) {
+  const Grid grid = plan_grid(count, weight.panels);
   parallel_tasks(grid.row_blocks * grid.panel_groups, [&](int64_t task) {
-    const Range rows = piece(x.count, grid.row_blocks, task / grid.panel_groups);
+    const Range rows = piece(count, grid.row_blocks, task / grid.panel_groups);
     const Range panels = piece(weight.panels, grid.panel_groups, task % grid.panel_groups);
     Scratch scratch;
     float* products = scratch.take<float>(rows.size() * PANEL);
-    const Operand<T> a = load_operand<T>(x, norm, rows, scratch);
+    const Operand<T> a = load(rows, scratch);
     for (int64_t p = panels.begin; p < panels.end; ++p) {
-      gemm_panel(a.data, a.ld, weight.panel<T>(p), products, PANEL, rows.size(), padded_k<T>(weight.k));
+      const T* next = p + 1 < panels.end ? weight.panel<T>(p + 1) : nullptr;
+      gemm_panel(a.data, a.ld, weight.panel<T>(p), products, PANEL, rows.size(), padded_k<T>(weight.k), PANEL, next);
       store(products, rows, p);
     }
     gemm_release<T>();
   });
+}
+
+template <class T, class Store>
+void run_linear(const Rows& x, const Norm& norm, const PackedWeight& weight, const Store& store) {
+  run_gemm<T>(
+      x.count, weight, [&](Range rows, Scratch& scratch) { return load_operand<T>(x, norm, rows, scratch); }, store);
 }
 
 // Call run(T{}) with the C++ type of a compute dtype.

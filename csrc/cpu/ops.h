@@ -46,6 +46,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_residual_bwd(const Tensor& dou
                                                                const OptionalTensor& row_scale,
                                                                std::array<bool, 4> mask);
 
+// out (B, T + L, E) in the dtype of weight, T prefix tokens first
+Tensor patch_embed_fwd(const Tensor& images,                                   // (B, C, IH, IW), uint8 or float
+                       const Tensor& weight,                                   // (E, C, PH, PW)
+                       const OptionalTensor& bias,                             // (E,)
+                       const OptionalTensor& pos_embed,                        // (L, E) or (T + L, E)
+                       const OptionalTensor& prefix,                           // (T, E)
+                       const OptionalTensor& mean, const OptionalTensor& std,  // (C,)
+                       bool cache);
+
+// (dimages, dweight, sum of dout over the samples in float32); empty where the mask is false
+std::tuple<Tensor, Tensor, Tensor> patch_embed_bwd(const Tensor& dout,  // (B, T + L, E)
+                                                   const Tensor& images, const Tensor& weight, int64_t num_prefix,
+                                                   const OptionalTensor& mean, const OptionalTensor& std,
+                                                   std::array<bool, 3> mask);
+
+// q, k, v (B, H, N, D) with any strides; attn_mask bool or float, broadcastable to (B, H, Nq, Nk).
+// out (B, H, Nq, D) stored as (B, Nq, H, D); statistics (2, B, H, Nq) float32: what a row of scores is shifted by, and
+// the reciprocal of its sum of exponentials, 0 where no key is visible
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
+                                         const OptionalTensor& attn_mask, bool is_causal, double scale);
+
+// Writes dq, dk, dv (B, H, N, D), whose last dimension is contiguous: views of a packed gradient, for example.
+void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                   const OptionalTensor& attn_mask, bool is_causal, const Tensor& out, const Tensor& statistics,
+                   double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv);
+
 // out (..., E) in the dtype of x; mean, rstd (M,) float32; h (M, F) before the activation, empty unless save
 std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_mlp_fwd(
     const Tensor& x,                                                     // (..., E)

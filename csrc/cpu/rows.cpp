@@ -74,16 +74,27 @@ FASTVIT_CLONES void scale_row(const void* src, at::ScalarType src_dtype, int64_t
 }
 
 FASTVIT_CLONES Statistics row_statistics(const float* x, int64_t n, float eps) {
-  f32x16 sum{};
-  for (int64_t i = 0; i < n; i += LANES) sum += load_part(x + i, n - i);
-  const float mean = sum_lanes(sum) / n;
-  f32x16 squares{};
+  // Four sums at a time: one alone would wait for the latency of each addition.
+  constexpr int64_t STEP = 4 * LANES;
+  f32x16 sums[4] = {};
   int64_t i = 0;
+  for (; i + STEP <= n; i += STEP) {
+    for (int v = 0; v < 4; ++v) sums[v] += load16(x + i + v * LANES);
+  }
+  for (; i < n; i += LANES) sums[0] += load_part(x + i, n - i);
+  const float mean = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) / n;
+  f32x16 squares[4] = {};
+  for (i = 0; i + STEP <= n; i += STEP) {
+    for (int v = 0; v < 4; ++v) {
+      const f32x16 centred = load16(x + i + v * LANES) - mean;
+      squares[v] += centred * centred;
+    }
+  }
   for (; i + LANES <= n; i += LANES) {
     const f32x16 centred = load16(x + i) - mean;
-    squares += centred * centred;
+    squares[0] += centred * centred;
   }
-  float variance = sum_lanes(squares);
+  float variance = sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]));
   for (; i < n; ++i) variance += (x[i] - mean) * (x[i] - mean);
   return {mean, 1.0f / __builtin_sqrtf(variance / n + eps)};
 }

@@ -28,6 +28,7 @@ using f32x16 = float __attribute__((vector_size(64)));
 using f64x16 = double __attribute__((vector_size(128)));
 using u32x16 = uint32_t __attribute__((vector_size(64)));
 using i32x16 = int32_t __attribute__((vector_size(64)));
+using u8x16 = uint8_t __attribute__((vector_size(16)));
 using u16x16 = uint16_t __attribute__((vector_size(32)));
 
 FASTVIT_INLINE f32x16 splat(float value) { return f32x16{} + value; }
@@ -44,6 +45,12 @@ FASTVIT_INLINE u32x16 load_u16(const void* src) {
   u16x16 value;
   __builtin_memcpy(&value, src, sizeof(value));
   return __builtin_convertvector(value, u32x16);
+}
+
+FASTVIT_INLINE f32x16 load16(const uint8_t* src) {
+  u8x16 value;
+  __builtin_memcpy(&value, src, sizeof(value));
+  return __builtin_convertvector(value, f32x16);
 }
 
 FASTVIT_INLINE f32x16 load16(const c10::BFloat16* src) { return from_bits(load_u16(src) << 16); }
@@ -102,10 +109,54 @@ FASTVIT_INLINE void store_part(S* dst, f32x16 value, int64_t count) {
   __builtin_memcpy(dst, part, count * sizeof(S));
 }
 
+// The first `bytes` (at least 1) of 64, zeros behind them.
+FASTVIT_INLINE f32x16 load_bytes(const char* src, int64_t bytes) {
+  if (bytes >= static_cast<int64_t>(sizeof(f32x16))) return load16(reinterpret_cast<const float*>(src));
+  f32x16 part{};
+  __builtin_memcpy(&part, src, bytes);
+  return part;
+}
+
+// Lanes 0..15 are those of `a`, 16..31 those of `b`.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FASTVIT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+#ifndef FASTVIT_SHUFFLE
+#define FASTVIT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i32x16){__VA_ARGS__})
+#endif
+
+// Lane 0 of the vector folded in half four times.
+template <class Fold>
+FASTVIT_INLINE float fold_lanes(f32x16 value, const Fold& fold) {
+  value = fold(value, FASTVIT_SHUFFLE(value, value, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  value = fold(value, FASTVIT_SHUFFLE(value, value, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  value = fold(value, FASTVIT_SHUFFLE(value, value, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  return fold(value, FASTVIT_SHUFFLE(value, value, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))[0];
+}
+
 FASTVIT_INLINE float sum_lanes(f32x16 value) {
-  float total = 0;
-  for (int i = 0; i < 8; ++i) total += value[i] + value[i + 8];
-  return total;
+  return fold_lanes(value, [](f32x16 a, f32x16 b) __attribute__((always_inline)) { return a + b; });
+}
+
+FASTVIT_INLINE float max_lanes(f32x16 value) {
+  return fold_lanes(value, [](f32x16 a, f32x16 b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+// Transpose a 16 x 16 tile: four perfect shuffles of its rows rotate the index bits (row, column) into (column, row).
+FASTVIT_INLINE void transpose16(f32x16 (&tile)[LANES]) {
+  for (int round = 0; round < 4; ++round) {
+    f32x16 shuffled[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; ++i) {
+      const f32x16 a = tile[i], b = tile[i + LANES / 2];
+      shuffled[2 * i] = FASTVIT_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      shuffled[2 * i + 1] = FASTVIT_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) tile[i] = shuffled[i];
+  }
 }
 
 // exp(x) to 1 ulp; 0 below the smallest normal number, inf above the largest.

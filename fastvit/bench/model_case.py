@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..dispatch import recording
 from ..model import create_model
 from ..testing import Shape
-from . import stock
+from . import runtimes, stock
 from .accuracy import check, sample
 from .costs import Cost, model_flops
-from .providers import PROVIDERS, Provider, Refused, best_attention, capture, compile_options, running
+from .providers import PROVIDERS, Missing, Provider, Refused, best_attention, capture, compile_options, running
 from .timing import Candidate
 
 CHECKED_IMAGES = 2
@@ -43,6 +43,8 @@ class ModelCase:
             raise Refused("a CUDA graph is replayed for infer on a GPU only")
         if provider.autocast and self.dtype == torch.float32:
             raise Refused("autocast needs a 16-bit dtype")
+        if provider.runtime:
+            return self._foreign(name, provider.runtime)
         context = functools.partial(running, provider, "auto", self.device, self.dtype)
         model = self._model(provider)
         with context(), recording() as calls:
@@ -56,6 +58,16 @@ class ModelCase:
             with context():
                 return Candidate(name, capture(lambda: step(None))[0], notes=notes)
         return Candidate(name, step, context=context, notes=notes)
+
+    def _foreign(self, name: str, runtime: str) -> Candidate:
+        """Another runtime on the same weights, given in float32 but rounded to the dtype."""
+        if self.device.type != "cpu" or self.mode != "infer":
+            raise Missing(f"{runtime} is compared for infer on a CPU only")
+        model, images = self._model(PROVIDERS["eager"]).float().eval(), self.images.float()
+        run = runtimes.compile_model(runtime, model, images, self.dtype)
+        logits = run(images)[:CHECKED_IMAGES].to(self.dtype)
+        error = check(sample({"logits": logits}), self._eager, self._exact)
+        return Candidate(name, lambda _: run(images), notes={"backend": runtime, "error": error})
 
     def _model(self, provider: Provider) -> nn.Module:
         model = create_model(self.name) if provider.ours else self._stock()

@@ -57,8 +57,8 @@ class OpCase:
     def candidate(self, name: str) -> Candidate:
         """The provider, checked and ready to time; raises ``Refused``."""
         provider = PROVIDERS[name]
-        if provider.autocast:
-            raise Refused("autocast is for models")
+        if provider.autocast or provider.runtime:
+            raise Refused(f"{name} is for models")
         if provider.graph and (self.device.type != "cuda" or self.mode != "fwd"):
             raise Refused("a CUDA graph is replayed for fwd on a GPU only")
         backend = self._backend() if provider.ours else "torch"

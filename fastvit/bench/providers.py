@@ -20,6 +20,7 @@ class Provider:
     compiled: bool = False  # torch.compile, at its strongest
     graph: bool = False  # captured once as a CUDA graph, then replayed
     autocast: bool = False  # float32 parameters under autocast
+    runtime: str = ""  # another inference runtime, see runtimes.py
 
 
 PROVIDERS = {
@@ -31,11 +32,17 @@ PROVIDERS = {
     "eager-graph": Provider(ours=False, graph=True),
     "fastvit-autocast": Provider(ours=True, autocast=True),
     "eager-autocast": Provider(ours=False, autocast=True),
+    "onnxruntime": Provider(ours=False, runtime="onnxruntime"),
+    "openvino": Provider(ours=False, runtime="openvino"),
 }
 
 
 class Refused(RuntimeError):
     """Not timed, and why: its result is not as accurate as stock PyTorch's, or it cannot run here."""
+
+
+class Missing(Refused):
+    """Not timed because it is not installed, or has no such thing: no fault of its results."""
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from ..testing import VIT_SHAPES
 from . import op_case
 from .model_case import ModelCase
 from .op_case import OpCase
-from .providers import PROVIDERS, Refused
+from .providers import PROVIDERS, Missing, Refused
 from .timing import Candidate, interleave, peak_mb, percentile, ratio_by_round
 
 MODEL_MODES = ("infer", "train")
@@ -88,9 +88,11 @@ def _measure(
         try:
             ready.append(case.candidate(provider))
         except Refused as refusal:
-            result["refused"].append(label | {"provider": provider, "reason": str(refusal)})
+            entry = label | {"provider": provider, "reason": str(refusal)}
+            result["refused"].append(entry | {"missing": isinstance(refusal, Missing)})
     times = interleave(ready, rounds, case.device)
     eager = next((t for c, t in zip(ready, times, strict=True) if c.provider == "eager"), None)
+    best = _best_peer(ready, times)
     for candidate, raw in zip(ready, times, strict=True):
         samples = [sample for samples in raw for sample in samples]
         seconds = statistics.median(samples) / 1000
@@ -105,9 +107,18 @@ def _measure(
         if eager is not None:
             ratios = ratio_by_round(eager, raw)
             row |= {"ratio_to_eager": statistics.median(ratios), "ratios_to_eager": ratios}
+        if best is not None and PROVIDERS[candidate.provider].ours:
+            ratios = ratio_by_round(best[1], raw)
+            row |= {"best_peer": best[0], "ratio_to_best_peer": statistics.median(ratios)}
         if "model" in label:
             row["images_per_s"] = label["batch"] / seconds
         result["rows"].append(row | {"raw_ms": raw})
+
+
+def _best_peer(ready: list[Candidate], times: list[list[list[float]]]) -> tuple[str, list[list[float]]] | None:
+    """The fastest provider that is not ours, and its times."""
+    peers = [(c.provider, raw) for c, raw in zip(ready, times, strict=True) if not PROVIDERS[c.provider].ours]
+    return min(peers, key=lambda peer: statistics.median(s for samples in peer[1] for s in samples), default=None)
 
 
 def _ceiling_share(case: OpCase | ModelCase, seconds: float, ceilings: dict[str, float] | None) -> float | None:

@@ -77,6 +77,10 @@ def at_least_one(text: str) -> int:
     return value
 
 
+def sizes_of(text: str) -> list[int]:
+    return [at_least_one(size) for size in text.split(",")]
+
+
 def json_target(text: str) -> str:
     """A name that ends in .json, so that a slip never overwrites a picture or a checkpoint."""
     if text != "-" and not text.endswith(".json"):

@@ -75,13 +75,13 @@ def why_not_dtype(name: str, x: Tensor) -> list[str]:
     return []
 
 
-def why_not_compiled(backend: str, x: Tensor, weight: Tensor) -> list[str]:
-    """Reasons against the C++ ("cpp") or CUDA ("cuda") kernels."""
+def why_not_compiled(backend: str, x: Tensor, weight: Tensor, name: str = "x") -> list[str]:
+    """Reasons against the C++ ("cpp") or CUDA ("cuda") kernels; ``name`` is that of ``x``."""
     built, device_type = {
         "cpp": (_extension.why_not_cpp, "cpu"),
         "cuda": (_extension.why_not_cuda, "cuda"),
     }[backend]
-    reasons = built() + why_not_device(backend, device_type, x) + why_not_dtype("x", x)
+    reasons = built() + why_not_device(backend, device_type, x) + why_not_dtype(name, x)
     return reasons if weight.dtype == x.dtype else reasons + why_not_dtype("the weight", weight)
 
 

@@ -44,7 +44,7 @@ def register_double_backward(name: str, meaning: Callable, inputs: Sequence[str]
         with torch.enable_grad():
             known = {n: _alias(values[n]) for n in inputs}
             grad_output = _alias(values[arguments[0]])
-            differentiable = [n for n in inputs if isinstance(known[n], Tensor) and known[n].is_floating_point()]
+            differentiable = [n for n in inputs if isinstance(known[n], Tensor) and known[n].requires_grad]
             output = meaning(**known)
             grads = torch.autograd.grad(
                 output, [known[n] for n in differentiable], grad_output, create_graph=True, allow_unused=True

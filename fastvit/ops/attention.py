@@ -107,10 +107,22 @@ def _check_packed(qkv: Tensor, num_heads: int, dropout_p: float) -> None:
     _check_tokens_and_dropout(PACKED, qkv.shape[1], "qkv", qkv, dropout_p)
 
 
-def _kernels():
+def _launch_fwd(backend, q, k, v, attn_mask, is_causal, scale):
+    if backend == "cpp":
+        return _contract.compiled(backend).attention_fwd(q, k, v, attn_mask, is_causal, scale)
     from ..kernels import attention as kernels  # type: ignore[attr-defined]
 
-    return kernels
+    return kernels.attention_fwd(q, k, v, scale)
+
+
+def _launch_bwd(backend, dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv) -> None:
+    if backend == "cpp":
+        cpp = _contract.compiled(backend)
+        cpp.attention_bwd(dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv)
+        return
+    from ..kernels import attention as kernels  # type: ignore[attr-defined]
+
+    kernels.attention_bwd(dout, q, k, v, out, lse, scale, dq, dk, dv)
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
@@ -124,27 +136,32 @@ def _tokens_first(q: Tensor) -> Tensor:
     return q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
-def _fwd(q, k, v, scale, backend):
+def _statistics(rows: tuple[int, ...], like: Tensor, backend: str) -> Tensor:
+    """What the backward needs to know of (B, H, Nq) softmax rows: log-sum-exp, or in C++ the shift and 1 / sum."""
+    return like.new_empty((2, *rows) if backend == "cpp" else rows, dtype=torch.float32)
+
+
+def _fwd(q, k, v, attn_mask, is_causal, scale, backend):
     if q.numel() == 0:
-        return _tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        return _tokens_first(q), _statistics(q.shape[:3], q, backend)
     q, k, v = map(_rows_contiguous, (q, k, v))
-    return _kernels().attention_fwd(q, k, v, scale)
+    return _launch_fwd(backend, q, k, v, attn_mask, is_causal, scale)
 
 
-def _fwd_fake(q, k, v, scale, backend):
-    return _tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _fwd_fake(q, k, v, attn_mask, is_causal, scale, backend):
+    return _tokens_first(q), _statistics(q.shape[:3], q, backend)
 
 
-def _bwd(dout, q, k, v, out, lse, scale, backend):
+def _bwd(dout, q, k, v, attn_mask, is_causal, out, lse, scale, backend):
     dq, dk, dv = _tokens_first(q), _tokens_first(k), _tokens_first(v)
     if q.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
     q, k, v, dout = map(_rows_contiguous, (q, k, v, dout))
-    _kernels().attention_bwd(dout, q, k, v, out, lse, scale, dq, dk, dv)
+    _launch_bwd(backend, dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv)
     return dq, dk, dv
 
 
-def _bwd_fake(dout, q, k, v, out, lse, scale, backend):
+def _bwd_fake(dout, q, k, v, attn_mask, is_causal, out, lse, scale, backend):
     return _tokens_first(q), _tokens_first(k), _tokens_first(v)
 
 
@@ -155,13 +172,13 @@ def _heads(tokens: Tensor, num_heads: int) -> Tensor:
 
 def _packed_fwd(qkv, num_heads, scale, backend):
     q, k, v = reference.unpack_qkv(_rows_contiguous(qkv), num_heads)
-    out, lse = _fwd(q, k, v, scale, backend)
+    out, lse = _fwd(q, k, v, None, False, scale, backend)
     return out.transpose(1, 2).flatten(2), lse
 
 
 def _packed_fwd_fake(qkv, num_heads, scale, backend):
     batch, tokens, packed = qkv.shape
-    return qkv.new_empty(batch, tokens, packed // 3), qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
+    return qkv.new_empty(batch, tokens, packed // 3), _statistics((batch, num_heads, tokens), qkv, backend)
 
 
 def _packed_bwd(dout, qkv, out, lse, num_heads, scale, backend):
@@ -171,7 +188,7 @@ def _packed_bwd(dout, qkv, out, lse, num_heads, scale, backend):
     q, k, v = reference.unpack_qkv(_rows_contiguous(qkv), num_heads)
     dq, dk, dv = reference.unpack_qkv(dqkv, num_heads)
     dout, out = _heads(_rows_contiguous(dout), num_heads), _heads(out, num_heads)
-    _kernels().attention_bwd(dout, q, k, v, out, lse, scale, dq, dk, dv)
+    _launch_bwd(backend, dout, q, k, v, None, False, out, lse, scale, dq, dk, dv)
     return dqkv
 
 
@@ -181,14 +198,14 @@ def _packed_bwd_fake(dout, qkv, out, lse, num_heads, scale, backend):
 
 _fwd_op = _register.define(
     f"{NAME}_fwd",
-    "(Tensor q, Tensor k, Tensor v, float scale, str backend) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool is_causal, float scale, str backend) -> (Tensor, Tensor)",
     _fwd,
     _fwd_fake,
 )
 _bwd_op = _register.define(
     f"{NAME}_bwd",
-    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool is_causal, Tensor out, Tensor lse,"
+    " float scale, str backend) -> (Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
 )
@@ -207,15 +224,17 @@ _packed_bwd_op = _register.define(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    q, k, v, attn_mask, ctx.is_causal, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, attn_mask, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, _: Any) -> tuple:
     if dout is None:
-        return (None,) * 5
-    return *_bwd_op(dout, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None
+        return (None,) * 7
+    q, k, v, attn_mask, out, lse = ctx.saved_tensors
+    grads = _bwd_op(dout, q, k, v, attn_mask, ctx.is_causal, out, lse, ctx.scale, ctx.backend)
+    return *grads, None, None, None, None
 
 
 def _packed_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -234,8 +253,8 @@ _register.register_autograd(f"{NAME}_fwd", _setup_context, _backward)
 _register.register_double_backward(
     f"{NAME}_bwd",
     reference.attention,
-    inputs=("q", "k", "v", "scale"),
-    arguments=("dout", "q", "k", "v", "out", "lse", "scale", "backend"),
+    inputs=("q", "k", "v", "attn_mask", "is_causal", "scale"),
+    arguments=("dout", "q", "k", "v", "attn_mask", "is_causal", "out", "lse", "scale", "backend"),
 )
 _register.register_autograd(f"{PACKED}_fwd", _packed_setup_context, _packed_backward)
 _register.register_double_backward(
@@ -265,13 +284,34 @@ def _why_not_triton_packed(qkv, num_heads, dropout_p, scale):
 def _run_triton(q, k, v, attn_mask, is_causal, dropout_p, scale):
     if attn_mask is not None or is_causal or dropout_p > 0.0:
         return _attention_general.run(q, k, v, attn_mask, is_causal, dropout_p, scale)
-    return _fwd_op(q, k, v, scale, "triton")[0]
+    return _fwd_op(q, k, v, None, False, scale, "triton")[0]
 
 
 def _run_triton_packed(qkv, num_heads, dropout_p, scale):
     if dropout_p > 0.0:
         return _attention_general.run_packed(qkv, num_heads, dropout_p, scale)
     return _packed_fwd_op(qkv, num_heads, scale, "triton")[0]
+
+
+def _why_not_cpp(q, k, v, attn_mask, is_causal, dropout_p, scale, name="q"):
+    reasons = _contract.why_not_compiled("cpp", q, q, name)
+    if attn_mask is not None and attn_mask.requires_grad:
+        reasons.append("attn_mask requires a gradient, cpp gives none")
+    if dropout_p > 0.0:
+        reasons.append(f"dropout_p is {dropout_p}, cpp drops nothing")
+    return reasons
+
+
+def _why_not_cpp_packed(qkv, num_heads, dropout_p, scale):
+    return _why_not_cpp(qkv, None, None, None, False, dropout_p, scale, "qkv")
+
+
+def _run_cpp(q, k, v, attn_mask, is_causal, dropout_p, scale):
+    return _fwd_op(q, k, v, attn_mask, is_causal, scale, "cpp")[0]
+
+
+def _run_cpp_packed(qkv, num_heads, dropout_p, scale):
+    return _packed_fwd_op(qkv, num_heads, scale, "cpp")[0]
 
 
 def _run_torch(q, k, v, attn_mask, is_causal, dropout_p, scale):
@@ -309,12 +349,14 @@ def _reference_dropout(x: Tensor, dropout_p: float) -> dict[str, Any]:
 ATTENTION = Op(
     NAME,
     Backend("triton", _run_triton, _why_not_triton, ("cuda",)),
+    Backend("cpp", _run_cpp, _why_not_cpp, ("cpu",)),
     Backend("torch", _run_torch),
     Backend("reference", _run_reference),
 )
 ATTENTION_PACKED = Op(
     PACKED,
     Backend("triton", _run_triton_packed, _why_not_triton_packed, ("cuda",)),
+    Backend("cpp", _run_cpp_packed, _why_not_cpp_packed, ("cpu",)),
     Backend("torch", _run_torch_packed),
     Backend("reference", _run_reference_packed),
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import Backend, Op
 from . import _contract, _register
-from .layernorm_linear import fake_grads
+from .layernorm_linear import fake_grads, keep
 
 NAME = "patch_embed"
 
@@ -87,10 +87,23 @@ def _check_tables(weight, bias, pos_embed, prefix, patches: int) -> None:
         raise ValueError(f"{NAME}: pos_embed has shape {tuple(pos_embed.shape)}, expected {forms}")
 
 
-def _kernels():
+def _launch_fwd(backend, images, weight, bias, pos_embed, prefix, mean, std, dtype, cache):
+    if backend == "cpp":
+        cpp = _contract.compiled(backend)
+        return cpp.patch_embed_fwd(images, weight, bias, pos_embed, prefix, mean, std, cache)
     from ..kernels import patch_embed as kernels  # type: ignore[attr-defined]
 
-    return kernels
+    return kernels.patch_embed_fwd(images, weight, bias, pos_embed, prefix, mean, std, dtype)
+
+
+def _launch_bwd(backend, dout, images, weight, num_prefix, mean, std, wants):
+    """(dimages, dweight, sum of dout over the samples), None for each that is not wanted."""
+    if backend == "cpp":
+        cpp = _contract.compiled(backend)
+        return keep(wants, cpp.patch_embed_bwd(dout, images, weight, num_prefix, mean, std, wants))
+    from ..kernels import patch_embed as kernels  # type: ignore[attr-defined]
+
+    return kernels.patch_embed_bwd(dout, images, weight, num_prefix, mean, std, wants)
 
 
 def _num_tokens(images: Tensor, weight: Tensor, prefix: Tensor | None) -> int:
@@ -106,12 +119,12 @@ def _token_dtype(weight: Tensor, *tables: Tensor | None) -> torch.dtype:
     return dtype
 
 
-def _fwd(images, weight, bias, pos_embed, prefix, mean, std, backend):
+def _fwd(images, weight, bias, pos_embed, prefix, mean, std, cache, backend):
     dtype = _token_dtype(weight, pos_embed, prefix)
-    return _kernels().patch_embed_fwd(images, weight, bias, pos_embed, prefix, mean, std, dtype)
+    return _launch_fwd(backend, images, weight, bias, pos_embed, prefix, mean, std, dtype, cache)
 
 
-def _fwd_fake(images, weight, bias, pos_embed, prefix, mean, std, backend):
+def _fwd_fake(images, weight, bias, pos_embed, prefix, mean, std, cache, backend):
     size = (images.shape[0], _num_tokens(images, weight, prefix), weight.shape[0])
     return weight.new_empty(size, dtype=_token_dtype(weight, pos_embed, prefix))
 
@@ -119,8 +132,8 @@ def _fwd_fake(images, weight, bias, pos_embed, prefix, mean, std, backend):
 def _bwd(dout, images, weight, bias, pos_embed, prefix, mean, std, mask, backend):
     """Gradients of images, weight, bias, pos_embed and prefix; an empty tensor for each that is not wanted."""
     num_prefix = 0 if prefix is None else prefix.shape[0]
-    wants = (mask[0], mask[1], any(mask[2:]))
-    dimages, dweight, token_sum = _kernels().patch_embed_bwd(dout, images, weight, num_prefix, mean, std, wants)
+    wants = [mask[0], mask[1], any(mask[2:])]
+    dimages, dweight, token_sum = _launch_bwd(backend, dout, images, weight, num_prefix, mean, std, wants)
     none = weight.new_empty(0)
     grads = [
         images.new_empty(0) if dimages is None else dimages,
@@ -148,7 +161,7 @@ def _bwd_fake(dout, images, weight, bias, pos_embed, prefix, mean, std, mask, ba
 _fwd_op = _register.define(
     f"{NAME}_fwd",
     "(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? mean, Tensor? std,"
-    " str backend) -> Tensor",
+    " bool cache, str backend) -> Tensor",
     _fwd,
     _fwd_fake,
 )
@@ -162,14 +175,14 @@ _bwd_op = _register.define(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.backend = inputs
+    *tensors, _, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple:
     mask = list(ctx.needs_input_grad[:5])
     grads = _bwd_op(dout, *ctx.saved_tensors, mask, ctx.backend)
-    return *(grad if wanted else None for wanted, grad in zip(mask, grads, strict=True)), None, None, None
+    return *(grad if wanted else None for wanted, grad in zip(mask, grads, strict=True)), None, None, None, None
 
 
 _INPUTS = ("images", "weight", "bias", "pos_embed", "prefix", "mean", "std")
@@ -179,19 +192,39 @@ _register.register_double_backward(
 )
 
 
-def _why_not_triton(images, weight, bias, pos_embed, prefix, mean, std):
-    reasons = _contract.why_not_triton("weight", weight)
+def _why_not_statistics(backend: str, mean: Tensor | None, std: Tensor | None) -> list[str]:
     if any(stat is not None and stat.requires_grad for stat in (mean, std)):
-        reasons.append("mean or std requires a gradient, triton gives none")
+        return [f"mean or std requires a gradient, {backend} gives none"]
+    return []
+
+
+def _why_not_triton(images, weight, bias, pos_embed, prefix, mean, std):
+    reasons = _contract.why_not_triton("weight", weight) + _why_not_statistics("triton", mean, std)
     dtype = _token_dtype(weight, pos_embed, prefix)
     if dtype not in (weight.dtype, torch.float32):
         reasons.append(f"pos_embed and prefix make the tokens {dtype}, triton writes {weight.dtype} or float32")
     return reasons
 
 
+def _why_not_cpp(images, weight, bias, pos_embed, prefix, mean, std):
+    return _contract.why_not_compiled("cpp", weight, weight, "weight") + _why_not_statistics("cpp", mean, std)
+
+
 def _run_triton(images, weight, bias, pos_embed, prefix, mean, std):
+    return _run(images, weight, bias, pos_embed, prefix, mean, std, "triton")
+
+
+def _run_cpp(images, weight, bias, pos_embed, prefix, mean, std):
+    if _token_dtype(weight, pos_embed, prefix) == weight.dtype:
+        return _run(images, weight, bias, pos_embed, prefix, mean, std, "cpp")
+    patches = _run(images, weight, bias, None, None, mean, std, "cpp")
+    return reference.assemble_tokens(patches, pos_embed, prefix)
+
+
+def _run(images, weight, bias, pos_embed, prefix, mean, std, backend):
     mean, std = _contract.cast(torch.float32, mean, std)
-    return _fwd_op(images, weight, bias, pos_embed, prefix, mean, std, "triton")
+    cache = _contract.may_cache(weight)
+    return _fwd_op(images, weight, bias, pos_embed, prefix, mean, std, cache, backend)
 
 
 def _run_torch(images, weight, bias, pos_embed, prefix, mean, std):
@@ -209,6 +242,7 @@ def _run_reference(images, weight, bias, pos_embed, prefix, mean, std):
 OP = Op(
     NAME,
     Backend("triton", _run_triton, _why_not_triton, ("cuda",)),
+    Backend("cpp", _run_cpp, _why_not_cpp, ("cpu",)),
     Backend("torch", _run_torch),
     Backend("reference", _run_reference),
 )

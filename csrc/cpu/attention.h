@@ -1,0 +1,128 @@
+// Attention on the CPU: what its forward and backward share. (B, H, N, D) tensors are read and written where they lie.
+#pragma once
+
+#include "../common.h"
+#include "linear.h"
+
+namespace fastvit::cpu {
+
+// The (tokens, dim) matrices of a (B, H, N, D) tensor, counted through samples and heads; any strides but the last.
+struct Heads {
+  Tensor tensor;
+  int64_t heads, tokens, dim;
+
+  explicit Heads(const Tensor& values)
+      : tensor(values.stride(3) == 1 || values.size(3) == 1 ? values : values.contiguous()),
+        heads(values.size(1)),
+        tokens(values.size(2)),
+        dim(values.size(3)) {}
+
+  int64_t count() const { return tensor.size(0) * heads; }
+  at::ScalarType dtype() const { return tensor.scalar_type(); }
+  int64_t stride() const { return tensor.stride(2); }
+  int64_t offset(int64_t head, int64_t token) const {
+    const int64_t at = head / heads * tensor.stride(0) + head % heads * tensor.stride(1) + token * tensor.stride(2);
+    return at * tensor.element_size();
+  }
+  const void* row(int64_t head, int64_t token) const {
+    return static_cast<const char*>(tensor.const_data_ptr()) + offset(head, token);
+  }
+  void* mutable_row(int64_t head, int64_t token) const {
+    return static_cast<char*>(tensor.mutable_data_ptr()) + offset(head, token);
+  }
+  // Can a GEMM in T read the rows where they lie?
+  template <class T>
+  bool usable_as() const {
+    return dtype() == c10::CppTypeToScalarType<T>::value && dim % (sizeof(float) / sizeof(T)) == 0;
+  }
+  // How many T `operand` needs for this many rows.
+  template <class T>
+  int64_t operand_size(int64_t rows) const {
+    return usable_as<T>() ? 0 : rows * operand_ld<T>(dim);
+  }
+};
+
+// Rows of a head in T, in place when a GEMM can read them there, else in `buffer` with zeros up to an even width.
+template <class T>
+Operand<T> head_operand(const Heads& x, int64_t head, Range rows, T* buffer) {
+  if (x.usable_as<T>()) return {static_cast<const T*>(x.row(head, rows.begin)), x.stride()};
+  const int64_t ld = operand_ld<T>(x.dim);
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    T* out = buffer + i * ld;
+    scale_row(x.row(head, rows.begin + i), x.dtype(), x.dim, 1.0f, out, c10::CppTypeToScalarType<T>::value);
+    for (int64_t k = x.dim; k < padded_k<T>(x.dim); ++k) out[k] = 0.0f;
+  }
+  return {buffer, ld};
+}
+
+// What is added to the scores, (B, H, Nq, Nk) with zero strides where one value serves all; a False adds -inf.
+struct ScoreMask {
+  Tensor tensor;  // undefined for none
+  int64_t heads = 1;
+
+  ScoreMask(const OptionalTensor& mask, at::IntArrayRef sizes);
+
+  bool given() const { return tensor.defined(); }
+  bool same_for_queries() const { return tensor.size(2) == 1 || tensor.stride(2) == 0; }
+  // `keys` of one query in float32.
+  void row(int64_t head, int64_t query, Range keys, float* out) const;
+};
+
+// The argument rules that both directions share.
+void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& attn_mask);
+
+// Columns of panel `p` of `size`, up to a multiple of 16.
+inline int64_t tile_columns(int64_t size, int64_t p) { return round_up(std::min(PANEL, size - p * PANEL), 16); }
+
+// Dot products over the head dim. Stock PyTorch adds those of few keys in sixteen partial sums, so that they round
+// less; steps of sixteen round as little, and cost nothing where there are few.
+template <class T>
+void gemm_scores(const T* a, int64_t lda, const T* b, float* c, int64_t ldc, int64_t rows, int64_t dim, int64_t columns,
+                 int64_t keys) {
+  constexpr int64_t few_keys = 32;
+  if (sizeof(T) == 2 || keys > few_keys) return gemm_panel(a, lda, b, c, ldc, rows, padded_k<T>(dim), columns);
+  for (int64_t k = 0; k < dim; k += LANES) {
+    gemm_tile(a + k, lda, b + k * PANEL, c, ldc, rows, std::min(LANES, dim - k), k > 0, columns);
+  }
+}
+
+// The exponentials of a block of scores, weights = exp(score - shift), and their row sums.
+struct SoftmaxRows {
+  float* scores;  // (rows, keys up to a multiple of 16), row stride ld; overwritten when there is a mask
+  int64_t ld, rows, keys;
+  float scale;
+  const float* mask;  // (rows, keys), null for none
+  int64_t mask_ld;    // 0 when all rows share one
+  int64_t first_query;
+  bool causal;
+  void* weights;  // (rows, keys up to a multiple of 16) in `dtype`, zero behind the last visible key; may be `scores`
+  int64_t weights_ld;
+  at::ScalarType dtype;
+  float *shifts, *inverse_sums;  // (rows); 0 where no key is visible
+};
+void softmax_rows(const SoftmaxRows& block);
+
+// target = factors (one a row) * products (rows, 64)
+void store_scaled(const float* products, int64_t rows, int64_t columns, const float* factors, const TileTarget& target);
+
+// out[i] = sum of a[i, :] * b[i, :], both in `dtype`
+void row_dots(const void* a, int64_t a_stride, const void* b, int64_t b_stride, at::ScalarType dtype, int64_t rows,
+              int64_t n, float* out);
+
+// Keys against 64 queries: the attention weights P^T = exp(scale K Q^T + mask - shift) inverse_sum and the
+// gradient of the scores, dS^T = P^T (V dO^T - delta) scale.
+struct ScoreGradTile {
+  float *scores, *dweights;  // (keys, 64) each: K Q^T and V dO^T
+  int64_t keys, columns;     // columns: queries up to a multiple of 16
+  float scale;
+  const float *shifts, *inverse_sums, *delta;  // (64); zeros where a query is missing or sees no key
+  const float* mask;                           // null for none: (keys, 64), or (keys) when all queries share them
+  bool mask_by_key, causal;
+  int64_t first_key, first_query;
+};
+// In float32 the results take the place of scores and dweights. In bfloat16 they go to `weights` and `dscores`, and
+// the latter once more with pairs of keys side by side; an odd last key is paired with zeros.
+void score_gradients(const ScoreGradTile& tile);
+void score_gradients(const ScoreGradTile& tile, c10::BFloat16* weights, c10::BFloat16* dscores, c10::BFloat16* pairs);
+
+}  // namespace fastvit::cpu
