@@ -29,6 +29,7 @@ CASES = [
     for op in OPS
     if op != "made_up"
     for backend in ("torch", "cpp")
+    if backend in OPS[op].backends
 ]
 
 

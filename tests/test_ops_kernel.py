@@ -97,11 +97,15 @@ def test_an_image_does_not_depend_on_its_batch(op):
 def test_opcheck(op):
     inputs = inputs_of(op)
     overload = getattr(torch.ops.fastvit, f"{op}_fwd").default
-    rest = (None, None) if op == "patch_embed" else (0.125,)  # mean and std, or the scale
+    rest = {
+        "patch_embed": (None, None, False),  # mean, std, cache
+        "attention": (None, False, 0.125),  # attn_mask, is_causal, scale
+        "attention_packed": (0.125,),
+    }
     arguments = [*inputs.values()]
     if op == "patch_embed":
         arguments = [inputs[name] for name in ("images", "weight", "bias", "pos_embed", "prefix")]
-    torch.library.opcheck(overload, (*arguments, *rest, "triton"))
+    torch.library.opcheck(overload, (*arguments, *rest[op], "triton"))
 
 
 @pytest.mark.parametrize("op", TRITON)
