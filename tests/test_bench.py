@@ -96,7 +96,7 @@ def test_a_peer_that_is_not_installed_is_reported(monkeypatch, provider):
     result = bench.run(**case, providers=["fastvit", provider])
     (entry,) = result["refused"]
     assert entry["missing"]
-    assert entry["reason"] == f"{provider} is not installed"
+    assert entry["reason"] == f"{provider} is not installed (pip install 'fastvit[peers]')"
     (refused,) = bench.run(**case, mode="train", providers=[provider])["refused"]
     assert refused["reason"] == f"{provider} is compared for infer on a CPU only"
 

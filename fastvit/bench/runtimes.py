@@ -28,7 +28,7 @@ def compile_model(runtime: str, model: nn.Module, images: Tensor, dtype: torch.d
 
 def _need(module: str, package: str) -> Any:
     if importlib.util.find_spec(module) is None:
-        raise Missing(f"{package} is not installed")
+        raise Missing(f"{package} is not installed (pip install 'fastvit[peers]')")
     return importlib.import_module(module)
 
 
