@@ -4,6 +4,7 @@ import math
 import os
 import threading
 
+import cpp_ops
 import pytest
 import torch
 
@@ -17,7 +18,6 @@ from fastvit.testing import (
     sliced,
 )
 
-cpp_ops = pytest.importorskip("cpp_ops", reason="the C++ extension is not built")
 C = cpp_ops.C
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

@@ -1,5 +1,6 @@
 """The patch embedding on the CPU against the reference: pixels of every kind, every table, all gradients."""
 
+import cpp_ops
 import pytest
 import torch
 
@@ -7,7 +8,6 @@ from fastvit import ops, reference
 from fastvit.dispatch import Unsupported, use_backend
 from fastvit.testing import assert_as_accurate, assert_op_as_accurate, cast_inputs, run_with_gradients, sliced
 
-cpp_ops = pytest.importorskip("cpp_ops", reason="the C++ extension is not built")
 C = cpp_ops.C
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
