@@ -83,9 +83,8 @@ def stock_errors(model, images, exact):
     """The largest errors of stock in several orders of its embedding channels, as in the certificate."""
     axes, runs = embed_axes(model), []
     for order in orders(model, axes, STOCK_RUNS):
-        back = {"images": None, **axes}
         run = outcome(relabelled(model, axes, order), images)
-        runs.append({key: errors(relabel(run[key], back[key], order.argsort()), exact[key]) for key in exact})
+        runs.append({key: errors(relabel(run[key], axes.get(key), order.argsort()), exact[key]) for key in exact})
     return worst_of(runs)
 
 
