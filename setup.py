@@ -96,7 +96,7 @@ def cpp_extension() -> Extension | None:
     if not find_cxx():
         say("no C++ compiler found (CXX, c++, g++): installing pure Python, CPU ops run through PyTorch")
         return None
-    files = ["csrc/bindings.cpp", *sources("csrc/cpu", ".cpp")]
+    files = ["csrc/bindings.cpp", *sources("csrc/cpu/simd", ".cpp"), *sources("csrc/cpu", ".cpp")]
     if not (ROOT / files[0]).exists():
         say("csrc/bindings.cpp is missing: skipping the C++ part")
         return None

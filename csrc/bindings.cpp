@@ -1,7 +1,7 @@
 // The pybind11 module fastvit._C: the CPU ops, what this build is, and what this machine can do.
 #include <torch/extension.h>
 
-#include "cpu/gemm.h"
+#include "cpu/kernels.h"
 #include "cpu/ops.h"
 #include "cpu/pack_cache.h"
 
@@ -21,7 +21,7 @@ py::dict build_info() {
 }
 
 py::dict cpu_capabilities() {
-  return py::dict("fp32"_a = cpu::fp32_gemm_kind(), "bf16"_a = cpu::bf16_gemm_kind(),
+  return py::dict("fp32"_a = cpu::kernels().isa, "bf16"_a = cpu::bf16_gemm_kind(),
                   "threads"_a = at::get_num_threads());
 }
 

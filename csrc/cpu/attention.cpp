@@ -86,8 +86,9 @@ void attend_block(const AttentionForward& args, int64_t head, Range queries, con
   const int64_t keys = args.causal ? std::min(all_keys, round_up(queries.end, PANEL)) : all_keys;
   const Operand<T> q = head_operand<T>(args.q, head, queries, buffers.operand);
   for (int64_t p = 0; p < ceil_div(keys, PANEL); ++p) {
-    gemm_scores(q.data, q.ld, buffers.k_panels + p * PANEL * padded_k<T>(dim), buffers.scores + p * PANEL, ld, rows,
-                dim, tile_columns(keys, p), all_keys);
+    gemm_panel<T>({q.data, q.ld, buffers.k_panels + p * PANEL * padded_k<T>(dim), buffers.scores + p * PANEL, ld, rows,
+                   padded_k<T>(dim), false, tile_columns(keys, p), nullptr, true,
+                   sum_step(std::min(args.q.tokens, all_keys))});
   }
   const bool one_mask_row = args.mask.given() && args.mask.same_for_queries();
   for (int64_t r = 0; args.mask.given() && r < (one_mask_row ? 1 : rows); ++r) {
@@ -99,8 +100,8 @@ void attend_block(const AttentionForward& args, int64_t head, Range queries, con
                 c10::CppTypeToScalarType<T>::value, args.shifts + first, args.inverse_sums + first});
   char* out = static_cast<char*>(args.out.mutable_row(head, queries.begin));
   for (int64_t p = 0; p < ceil_div(dim, PANEL); ++p) {
-    gemm_panel(buffers.weights, ld, buffers.v_panels + p * PANEL * padded_k<T>(all_keys), buffers.products, PANEL, rows,
-               padded_k<T>(keys), tile_columns(dim, p));
+    gemm_panel<T>({buffers.weights, ld, buffers.v_panels + p * PANEL * padded_k<T>(all_keys), buffers.products, PANEL,
+                   rows, padded_k<T>(keys), false, tile_columns(dim, p), nullptr, true, sum_step(dim)});
     store_scaled(buffers.products, rows, std::min(PANEL, dim - p * PANEL), args.inverse_sums + first,
                  {out + p * PANEL * args.out.tensor.element_size(), args.out.stride(), args.out.dtype()});
   }
@@ -124,6 +125,30 @@ void attention_forward(const AttentionForward& args) {
 }
 
 }  // namespace
+
+ScoreMask::ScoreMask(const OptionalTensor& mask, at::IntArrayRef sizes) : heads(sizes[1]) {
+  if (!present(mask)) return;
+  const bool known = mask->scalar_type() == at::kBool || mask->scalar_type() == at::kFloat ||
+                     mask->scalar_type() == at::kBFloat16 || mask->scalar_type() == at::kHalf;
+  Tensor values = known ? *mask : mask->to(at::kFloat);
+  if (values.dim() > 0 && values.size(-1) > 1 && values.stride(-1) != 1) values = values.contiguous();
+  tensor = values.expand(sizes);
+}
+
+void ScoreMask::row(int64_t head, int64_t query, Range keys, float* out) const {
+  const int64_t key_stride = tensor.stride(3), begin = head / heads * tensor.stride(0) +
+                                                       head % heads * tensor.stride(1) + query * tensor.stride(2) +
+                                                       keys.begin * key_stride;
+  const int64_t count = key_stride == 0 ? 1 : keys.size();
+  if (tensor.scalar_type() == at::kBool) {
+    const bool* keep = tensor.const_data_ptr<bool>() + begin;
+    for (int64_t j = 0; j < count; ++j) out[j] = keep[j] ? 0.0f : -std::numeric_limits<float>::infinity();
+  } else {
+    const char* values = static_cast<const char*>(tensor.const_data_ptr()) + begin * tensor.element_size();
+    scale_row(values, tensor.scalar_type(), count, 1.0f, out, at::kFloat);
+  }
+  if (count < keys.size()) std::fill_n(out + 1, keys.size() - 1, out[0]);
+}
 
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& attn_mask) {
   constexpr const char* op = "attention";

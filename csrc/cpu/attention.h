@@ -74,17 +74,11 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Op
 // Columns of panel `p` of `size`, up to a multiple of 16.
 inline int64_t tile_columns(int64_t size, int64_t p) { return round_up(std::min(PANEL, size - p * PANEL), 16); }
 
-// Dot products over the head dim. Stock PyTorch adds those of few keys in sixteen partial sums, so that they round
-// less; steps of sixteen round as little, and cost nothing where there are few.
-template <class T>
-void gemm_scores(const T* a, int64_t lda, const T* b, float* c, int64_t ldc, int64_t rows, int64_t dim, int64_t columns,
-                 int64_t keys) {
-  constexpr int64_t few_keys = 32;
-  if (sizeof(T) == 2 || keys > few_keys) return gemm_panel(a, lda, b, c, ldc, rows, padded_k<T>(dim), columns);
-  for (int64_t k = 0; k < dim; k += LANES) {
-    gemm_tile(a + k, lda, b + k * PANEL, c, ldc, rows, std::min(LANES, dim - k), k > 0, columns);
-  }
-}
+// How many products are summed before they join a total. Stock PyTorch adds those of a narrow matrix (few queries, keys
+// or dims) in partial sums, so that they round less; steps of sixteen round as little, and cost nothing where there are
+// few.
+constexpr int64_t SUM_STEP = 128, NARROW = 32;
+inline int64_t sum_step(int64_t narrowest) { return narrowest <= NARROW ? LANES : SUM_STEP; }
 
 // The exponentials of a block of scores, weights = exp(score - shift), and their row sums.
 struct SoftmaxRows {
@@ -123,6 +117,7 @@ struct ScoreGradTile {
 // In float32 the results take the place of scores and dweights. In bfloat16 they go to `weights` and `dscores`, and
 // the latter once more with pairs of keys side by side; an odd last key is paired with zeros.
 void score_gradients(const ScoreGradTile& tile);
-void score_gradients(const ScoreGradTile& tile, c10::BFloat16* weights, c10::BFloat16* dscores, c10::BFloat16* pairs);
+void score_gradients_bf16(const ScoreGradTile& tile, c10::BFloat16* weights, c10::BFloat16* dscores,
+                          c10::BFloat16* pairs);
 
 }  // namespace fastvit::cpu

@@ -112,7 +112,7 @@ const float* load_mask(const AttentionBackward& args, int64_t head, Range querie
   }
   float* rows = buffer + keys.size() * PANEL;
   for (int64_t i = 0; i < queries.size(); ++i) args.mask.row(head, queries.begin + i, keys, rows + i * keys.size());
-  pack_panel_transposed(rows, keys.size(), queries.size(), keys.size(), buffer);
+  transpose_panel(rows, keys.size(), queries.size(), keys.size(), buffer);
   return buffer;
 }
 
@@ -127,7 +127,7 @@ ScoreOperands<float> finish_scores(const ScoreGradTile& tile, const BackwardBuff
 }
 
 ScoreOperands<c10::BFloat16> finish_scores(const ScoreGradTile& tile, const BackwardBuffers<c10::BFloat16>& b) {
-  score_gradients(tile, b.weights, b.dscores, b.dscore_pairs);
+  score_gradients_bf16(tile, b.weights, b.dscores, b.dscore_pairs);
   return {b.weights, b.dscores, b.dscore_pairs};
 }
 
@@ -136,10 +136,11 @@ template <class T>
 void backward_tile(const AttentionBackward& args, int64_t head, Range queries, Range keys,
                    const BackwardBuffers<T>& b) {
   const int64_t dim = args.q.dim, columns = round_up(queries.size(), LANES), count = keys.size();
-  gemm_scores(b.k.data + keys.begin * b.k.ld, b.k.ld, b.q.transposed, b.scores, PANEL, count, dim, columns,
-              args.k.tokens);
-  gemm_scores(b.v.data + keys.begin * b.v.ld, b.v.ld, b.dout.transposed, b.dweights, PANEL, count, dim, columns,
-              args.k.tokens);
+  const int64_t depth = padded_k<T>(dim), step = sum_step(std::min(args.q.tokens, args.k.tokens));
+  gemm_panel<T>({b.k.data + keys.begin * b.k.ld, b.k.ld, b.q.transposed, b.scores, PANEL, count, depth, false, columns,
+                 nullptr, true, step});
+  gemm_panel<T>({b.v.data + keys.begin * b.v.ld, b.v.ld, b.dout.transposed, b.dweights, PANEL, count, depth, false,
+                 columns, nullptr, true, step});
   const ScoreOperands<T> scores =
       finish_scores({b.scores, b.dweights, count, columns, args.scale, b.shifts, b.inverse_sums, b.delta,
                      load_mask(args, head, queries, keys, b.mask), args.mask.given() && args.mask.same_for_queries(),
@@ -149,11 +150,11 @@ void backward_tile(const AttentionBackward& args, int64_t head, Range queries, R
   const bool add = args.causal || queries.begin > 0;
   for (int64_t p = 0; p < ceil_div(dim, PANEL); ++p) {
     const int64_t at = (p * args.k.tokens + keys.begin) * PANEL, width = tile_columns(dim, p);
-    gemm_tile(scores.weights, PANEL, b.dout.rows + p * PANEL * PANEL, b.dv + at, PANEL, count, query_k, add, width);
-    gemm_tile(scores.dscores, PANEL, b.q.rows + p * PANEL * PANEL, b.dk + at, PANEL, count, query_k, add, width);
+    gemm_tile({scores.weights, PANEL, b.dout.rows + p * PANEL * PANEL, b.dv + at, PANEL, count, query_k, add, width});
+    gemm_tile({scores.dscores, PANEL, b.q.rows + p * PANEL * PANEL, b.dk + at, PANEL, count, query_k, add, width});
   }
-  gemm_tile(b.k_transposed + keys.begin, b.k_ld, scores.dscore_panel, b.dq, PANEL, dim, padded_k<T>(count),
-            keys.begin > 0, columns);
+  gemm_tile({b.k_transposed + keys.begin, b.k_ld, scores.dscore_panel, b.dq, PANEL, dim, padded_k<T>(count),
+             keys.begin > 0, columns, nullptr, /*packed=*/false, sum_step(dim)});
 }
 
 void store_rows(const float* sums, const Heads& out, int64_t head) {

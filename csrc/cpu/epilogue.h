@@ -3,10 +3,11 @@
 
 #include <ATen/ATen.h>
 
-#include "activation.h"
 #include "rows.h"
 
 namespace fastvit::cpu {
+
+enum class Activation { gelu, gelu_tanh, quick_gelu };
 
 // `rows` x `columns` (1..64) of a row-major matrix in memory; null data where nothing is to be written.
 struct TileTarget {

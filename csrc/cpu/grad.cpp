@@ -1,44 +1,7 @@
 #include "grad.h"
 
-#include "dtypes.h"
-
 namespace fastvit::cpu {
 namespace {
-
-template <class D>
-FASTVIT_INLINE void transpose_rows16_to(const float* src, int64_t width, void* dst, int64_t ld) {
-  for (int64_t e = 0; e < width; e += LANES) {
-    const int64_t count = std::min(LANES, width - e);
-    f32x16 tile[LANES];
-    for (int64_t i = 0; i < LANES; ++i) tile[i] = load_part(src + i * width + e, count);
-    transpose16(tile);
-    for (int64_t i = 0; i < count; ++i) store16(static_cast<D*>(dst) + (e + i) * ld, tile[i]);
-  }
-}
-
-template <class D>
-FASTVIT_INLINE void store_transposed_as(const TransposedTile& tile) {
-  for (int64_t e = 0; e < tile.width; e += LANES) {
-    const int64_t count = std::min(LANES, tile.width - e);
-    for (int64_t n0 = 0; n0 < tile.columns; n0 += LANES) {
-      f32x16 rows[LANES] = {};
-      for (int64_t i = 0; i < count; ++i) rows[i] = load16(tile.sums + (e + i) * PANEL + n0);
-      transpose16(rows);
-      for (int64_t n = n0; n < std::min(n0 + LANES, tile.columns); ++n) {
-        const float scale = tile.scale ? tile.scale[n] : 1.0f;
-        store_part(static_cast<D*>(tile.out) + n * tile.stride + e, rows[n - n0] * scale, count);
-      }
-    }
-  }
-}
-
-template <class S>
-FASTVIT_INLINE f32x16 dot_row_as(const void* a, const float* b, int64_t n, f32x16 total) {
-  for (int64_t i = 0; i < n; i += LANES) {
-    total += load_part(static_cast<const S*>(a) + i, n - i) * load_part(b + i, n - i);
-  }
-  return total;
-}
 
 // Rows a partial sum of the norm's gradients covers. It depends on the size only, never on the threads.
 int64_t norm_group_rows(int64_t rows) { return rows < 4096 ? 16 : ROW_GROUP; }
@@ -50,8 +13,8 @@ float* product_rows(const GradRows<T>& dy, const PackedWeight& weight, Range row
   float* sums = scratch.take<float>(weight.panels * count * PANEL);
   for (int64_t k = 0; k < k_size; k += K_BLOCK) {
     for (int64_t p = 0; p < weight.panels; ++p) {
-      gemm_tile(dy.data + rows.begin * dy.ld + k, dy.ld, weight.panel<T>(p) + k * PANEL, sums + p * count * PANEL,
-                PANEL, count, std::min(K_BLOCK, k_size - k), k > 0);
+      gemm_tile({dy.data + rows.begin * dy.ld + k, dy.ld, weight.panel<T>(p) + k * PANEL, sums + p * count * PANEL,
+                 PANEL, count, std::min(K_BLOCK, k_size - k), k > 0});
     }
   }
   gemm_release<T>();
@@ -59,26 +22,6 @@ float* product_rows(const GradRows<T>& dy, const PackedWeight& weight, Range row
 }
 
 }  // namespace
-
-FASTVIT_CLONES void transpose_rows16(const float* src, int64_t width, void* dst, int64_t ld, at::ScalarType dtype) {
-  FASTVIT_BY_DTYPE(dtype, transpose_rows16_to, src, width, dst, ld);
-}
-
-FASTVIT_CLONES void store_transposed(const TransposedTile& tile) {
-  FASTVIT_BY_DTYPE(tile.dtype, store_transposed_as, tile);
-}
-
-FASTVIT_CLONES float dot_row(const void* a, at::ScalarType dtype, const float* b, int64_t n) {
-  const f32x16 zero{};
-  switch (dtype) {
-    case at::kBFloat16:
-      return sum_lanes(dot_row_as<c10::BFloat16>(a, b, n, zero));
-    case at::kHalf:
-      return sum_lanes(dot_row_as<c10::Half>(a, b, n, zero));
-    default:
-      return sum_lanes(dot_row_as<float>(a, b, n, zero));
-  }
-}
 
 at::Tensor sum_partials(const at::Tensor& partials) {
   const int64_t width = partials.size(1);
@@ -118,7 +61,7 @@ void linear_weight_grad(const TransposedRows<T>& x, const GradRows<T>& g, int64_
     for (int64_t c = 0; c < row_chunks(rows); ++c) {
       const Range chunk = row_chunk(rows, c);
       pack_panel(g.data + chunk.begin * g.ld + n0, g.ld, columns, chunk.size(), nullptr, panel);
-      gemm_tile(x.chunk(c), x.ld, panel, sums, PANEL, x.width, padded_k<T>(chunk.size()), c > 0);
+      gemm_tile({x.chunk(c), x.ld, panel, sums, PANEL, x.width, padded_k<T>(chunk.size()), c > 0});
     }
     gemm_release<T>();
     if (out.dlayer_scale) {

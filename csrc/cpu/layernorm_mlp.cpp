@@ -51,13 +51,14 @@ void mlp_rows(const MlpForward& args, Range rows) {
     for (int64_t f = 0; f < width; f += PANEL) {
       const int64_t p = (f0 + f) / PANEL;
       const T* next = f + PANEL < width ? args.fc1->panel<T>(p + 1) : args.fc2->panel<T>(0) + f0 * PANEL;
-      gemm_panel(a.data, a.ld, args.fc1->panel<T>(p), products, PANEL, count, padded_k<T>(args.fc1->k), PANEL, next);
+      gemm_panel<T>(
+          {a.data, a.ld, args.fc1->panel<T>(p), products, PANEL, count, padded_k<T>(args.fc1->k), false, PANEL, next});
       args.store_hidden(products, rows, p, {hidden + f, ld, dtype});
     }
     for (int64_t p = 0; p < args.fc2->panels; ++p) {
       const T* next = p + 1 < args.fc2->panels ? args.fc2->panel<T>(p + 1) + f0 * PANEL : nullptr;
-      gemm_tile(hidden, ld, args.fc2->panel<T>(p) + f0 * PANEL, sums + p * count * PANEL, PANEL, count, width, f0 > 0,
-                PANEL, next);
+      gemm_tile({hidden, ld, args.fc2->panel<T>(p) + f0 * PANEL, sums + p * count * PANEL, PANEL, count, width, f0 > 0,
+                 PANEL, next});
     }
   }
   for (int64_t p = 0; p < args.fc2->panels; ++p) args.store_out(sums + p * count * PANEL, rows, p);

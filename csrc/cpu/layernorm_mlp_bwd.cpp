@@ -32,8 +32,8 @@ struct MlpBackward {
   bool want_fc2() const { return dfc2_weight.count > 0 || dlayer_scale; }
 };
 
-// a and dH of 64 columns for a chunk of rows as the GEMM's right operands. In bfloat16 they are made from one float32
-// tile at a time.
+// a and dH of 64 columns for a chunk of rows as the GEMM's right operands. Unless a packed panel is rows of float32,
+// they are made from one float32 tile at a time.
 template <class T>
 struct ChunkPanels {
   float *da, *activated_tile, *dh_tile;
@@ -46,9 +46,11 @@ struct ChunkPanels {
         dh(scratch.take<T>(ROW_CHUNK * PANEL)) {}
 };
 
-float* tile_for(float*, float* panel) { return panel; }
+float* tile_for(float* tile, float* panel) { return packs_narrow() ? tile : panel; }
 float* tile_for(float* tile, c10::BFloat16*) { return tile; }
-void finish_panel(const float*, int64_t, float*) {}
+void finish_panel(const float* tile, int64_t rows, float* panel) {
+  if (tile != panel) pack_panel(tile, PANEL, PANEL, rows, nullptr, panel);
+}
 void finish_panel(const float* tile, int64_t rows, c10::BFloat16* panel) { pack_pairs(tile, rows, panel); }
 
 // a and dH of panel `p` for a chunk of rows.
@@ -59,7 +61,8 @@ void hidden_chunk(const MlpBackward<T>& args, Range chunk, int64_t p, const T* f
   for (int64_t r0 = chunk.begin; r0 < chunk.end; r0 += TILE_ROWS) {
     const int64_t count = std::min(TILE_ROWS, chunk.end - r0), at = (r0 - chunk.begin) * PANEL;
     if (args.want_dh()) {
-      gemm_panel(args.g.data + r0 * args.g.ld, args.g.ld, fc2_panel, panels.da, PANEL, count, padded_k<T>(args.width));
+      gemm_panel<T>({args.g.data + r0 * args.g.ld, args.g.ld, fc2_panel, panels.da, PANEL, count,
+                     padded_k<T>(args.width), false});
     } else {
       std::fill_n(panels.da, count * PANEL, 0.0f);
     }
@@ -111,12 +114,12 @@ void hidden_panel(const MlpBackward<T>& args, int64_t p) {
     const int64_t k = padded_k<T>(chunk.size());
     hidden_chunk(args, chunk, p, fc2_panel, dh_sum, chunk_panels);
     if (args.want_fc2()) {
-      gemm_tile(args.g_transposed.chunk(c), args.g_transposed.ld, chunk_panels.activated, fc2_sums, PANEL, width, k,
-                c > 0);
+      gemm_tile(
+          {args.g_transposed.chunk(c), args.g_transposed.ld, chunk_panels.activated, fc2_sums, PANEL, width, k, c > 0});
     }
     if (args.dfc1_weight.count > 0) {
-      gemm_tile(args.norm_transposed.chunk(c), args.norm_transposed.ld, chunk_panels.dh, fc1_sums, PANEL, width, k,
-                c > 0);
+      gemm_tile(
+          {args.norm_transposed.chunk(c), args.norm_transposed.ld, chunk_panels.dh, fc1_sums, PANEL, width, k, c > 0});
     }
   }
   gemm_release<T>();

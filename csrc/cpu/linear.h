@@ -71,7 +71,8 @@ void run_gemm(int64_t count, const PackedWeight& weight, const Load& load, const
     const Operand<T> a = load(rows, scratch);
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const T* next = p + 1 < panels.end ? weight.panel<T>(p + 1) : nullptr;
-      gemm_panel(a.data, a.ld, weight.panel<T>(p), products, PANEL, rows.size(), padded_k<T>(weight.k), PANEL, next);
+      gemm_panel<T>(
+          {a.data, a.ld, weight.panel<T>(p), products, PANEL, rows.size(), padded_k<T>(weight.k), false, PANEL, next});
       store(products, rows, p);
     }
     gemm_release<T>();

@@ -4,7 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 
 #include "../common.h"
-#include "activation.h"
+#include "epilogue.h"
 
 namespace fastvit::cpu {
 

@@ -9,6 +9,8 @@
 namespace fastvit::cpu {
 
 constexpr int64_t CACHE_LINE = 64;
+constexpr int64_t LANES = 16;  // floats that vector code takes at a time
+constexpr int64_t PANEL = 64;  // columns of a GEMM's tile
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr int64_t ceil_div(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }

@@ -4,30 +4,9 @@
 #include "op_checks.h"
 #include "ops.h"
 #include "pack_cache.h"
+#include "patches.h"
 
 namespace fastvit::cpu {
-namespace {
-
-constexpr const char* op = "patch_embed";
-
-// Where the pixels of a patch lie in the images, and what normalising does to them: pixel * scale + shift.
-struct Patches {
-  Tensor images;                         // (B, C, IH, IW)
-  int64_t height, width, rows, columns;  // of a patch, and of the grid
-  std::vector<float> scale, shift;       // (C)
-
-  Patches(const Tensor& images, const Tensor& weight, const OptionalTensor& mean, const OptionalTensor& std);
-
-  int64_t per_image() const { return rows * columns; }
-  int64_t count() const { return images.size(0) * per_image(); }
-  int64_t pixels() const { return images.size(1) * height * width; }
-  // First pixel of patch `i` in elements.
-  int64_t origin(int64_t i) const {
-    const int64_t patch = i % per_image();
-    return i / per_image() * images.stride(0) + patch / columns * height * images.stride(2) +
-           patch % columns * width * images.stride(3);
-  }
-};
 
 Patches::Patches(const Tensor& images, const Tensor& weight, const OptionalTensor& mean, const OptionalTensor& std)
     : images(images),
@@ -49,43 +28,9 @@ Patches::Patches(const Tensor& images, const Tensor& weight, const OptionalTenso
   }
 }
 
-// One row of a patch's pixels after the other. A row may write up to 15 values past its end, which the next overwrites.
-template <class S>
-FASTVIT_INLINE void gather_patch_as(const Patches& patches, int64_t i, float* out) {
-  const Tensor& images = patches.images;
-  const int64_t channel = images.stride(1), line = images.stride(2), pixel = images.stride(3);
-  const S* patch = static_cast<const S*>(images.const_data_ptr()) + patches.origin(i);
-  for (int64_t c = 0; c < images.size(1); ++c) {
-    const float scale = patches.scale[c], shift = patches.shift[c];
-    for (int64_t y = 0; y < patches.height; ++y, out += patches.width) {
-      const S* src = patch + c * channel + y * line;
-      for (int64_t x = 0; x < patches.width; x += LANES) {
-        const int64_t count = std::min(LANES, patches.width - x);
-        if (pixel == 1) {
-          store16(out + x, load_part(src + x, count) * scale + shift);
-          continue;
-        }
-        S spread[LANES] = {};
-        for (int64_t j = 0; j < count; ++j) spread[j] = src[(x + j) * pixel];
-        store16(out + x, load16(spread) * scale + shift);
-      }
-    }
-  }
-}
+namespace {
 
-// Patch `i` normalised, in float32; `out` has room for 16 values more.
-FASTVIT_CLONES void gather_patch(const Patches& patches, int64_t i, float* out) {
-  switch (patches.images.scalar_type()) {
-    case at::kByte:
-      return gather_patch_as<uint8_t>(patches, i, out);
-    case at::kBFloat16:
-      return gather_patch_as<c10::BFloat16>(patches, i, out);
-    case at::kHalf:
-      return gather_patch_as<c10::Half>(patches, i, out);
-    default:
-      return gather_patch_as<float>(patches, i, out);
-  }
-}
+constexpr const char* op = "patch_embed";
 
 template <class T>
 Operand<T> load_patches(const Patches& patches, Range range, Scratch& scratch) {

@@ -1,11 +1,28 @@
-// The three activations, each x * gate(x), and their derivatives, sixteen values at a time.
+// exp, and the three activations, each x * gate(x), with their derivatives; sixteen values at a time.
 #pragma once
 
-#include "simd.h"
+#include "vector.h"
 
-namespace fastvit::cpu {
+namespace fastvit::cpu::FASTVIT_ISA {
 
-enum class Activation { gelu, gelu_tanh, quick_gelu };
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+// exp(x) to 1 ulp; 0 below the smallest normal number, inf above the largest.
+FASTVIT_INLINE f32x16 exp16(f32x16 x) {
+  constexpr float round_bias = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const f32x16 shifted = x * 1.44269504f + round_bias;
+  const f32x16 n = shifted - round_bias;
+  const f32x16 f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  f32x16 p = f * 1.37805939e-3f + 8.37312452e-3f;
+  p = p * f + 4.16695364e-2f;
+  p = p * f + 1.66664720e-1f;
+  p = p * f + 4.99999851e-1f;
+  p = p * f + 1.0f;
+  p = p * f + 1.0f;
+  const u32x16 power = (bits(shifted) << 23) + 0x3f800000u;
+  const f32x16 value = select(x < -87.3f, 0.0f, p * from_bits(power));
+  return select(x > 88.3f, INF, value);
+}
 
 struct Gate {
   f32x16 value, slope;
@@ -24,7 +41,7 @@ FASTVIT_INLINE f32x16 normal_cdf(f32x16 x) {
   r = r * t + -1.28717512e-1f;
   r = r * t - t;
   const f32x16 tail = exp16(r) * 0.5f;
-  const f32x16 far = a < 0.0f ? tail : 1.0f - tail;
+  const f32x16 far = select(a < 0.0f, tail, 1.0f - tail);
 
   f32x16 q = s * -5.96761703e-4f + 4.99119423e-3f;
   q = q * s + -2.67681349e-2f;
@@ -32,7 +49,7 @@ FASTVIT_INLINE f32x16 normal_cdf(f32x16 x) {
   q = q * s + -3.76125336e-1f;
   q = q * s + 1.28379166e-1f;
   const f32x16 near = (q * a + a) * 0.5f + 0.5f;
-  return t > 0.927734375f ? far : near;
+  return select(t > 0.927734375f, far, near);
 }
 
 FASTVIT_INLINE f32x16 sigmoid(f32x16 z) { return 1.0f / (1.0f + exp16(-z)); }
@@ -52,4 +69,4 @@ FASTVIT_INLINE Gate gate_and_slope(f32x16 x) {
   return {g, g * (1.0f - g) * 1.702f};
 }
 
-}  // namespace fastvit::cpu
+}  // namespace fastvit::cpu::FASTVIT_ISA

@@ -1,19 +1,16 @@
-// The arithmetic of attention between its GEMMs.
-#include "attention.h"
-#include "dtypes.h"
+// The arithmetic of attention between its GEMMs; see ../attention.h.
+#pragma once
 
-namespace fastvit::cpu {
-namespace {
+#include "math.h"
 
-constexpr float INF = std::numeric_limits<float>::infinity();
-constexpr i32x16 LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+namespace fastvit::cpu::FASTVIT_ISA {
 
 FASTVIT_INLINE f32x16 first_lanes(f32x16 value, int64_t count, float rest) {
-  return count >= LANES ? value : LANE < static_cast<int32_t>(count) ? value : splat(rest);
+  return count >= LANES ? value : select(first(count), value, rest);
 }
 
 // A masked score is -inf whatever it was: NaN and inf behind a mask must not show.
-FASTVIT_INLINE f32x16 add_mask(f32x16 score, f32x16 mask) { return mask == -INF ? splat(-INF) : score + mask; }
+FASTVIT_INLINE f32x16 add_mask(f32x16 score, f32x16 mask) { return select(mask == -INF, -INF, score + mask); }
 
 template <bool MASKED>
 FASTVIT_INLINE f32x16 score_at(const SoftmaxRows& block, const float* scores, const float* mask, int64_t key,
@@ -29,11 +26,11 @@ FASTVIT_INLINE void softmax_row(const SoftmaxRows& block, int64_t r) {
   float* scores = block.scores + r * block.ld;
   const float* mask = MASKED ? block.mask + r * block.mask_ld : nullptr;
   S* weights = static_cast<S*>(block.weights) + r * block.weights_ld;
-  f32x16 tops = splat(-INF);
+  f32x16 tops = -INF;
   for (int64_t key = 0; key < visible; key += LANES) {
     const f32x16 score = score_at<MASKED>(block, scores, mask, key, visible - key);
     if constexpr (MASKED) store16(scores + key, score);
-    tops = score > tops ? score : tops;
+    tops = select(score > tops, score, tops);
   }
   // Without a number above -inf there is nothing to attend to: zeros, unless a score was NaN.
   const float top = max_lanes(tops), shift = top == -INF ? 0.0f : top;
@@ -92,10 +89,10 @@ struct ScoreGrad {
 FASTVIT_INLINE ScoreGrad score_grad(const ScoreGradTile& tile, int64_t key, int64_t column) {
   const int64_t at = key * PANEL + column;
   f32x16 score = load16(tile.scores + at) * tile.scale;
-  if (tile.mask) score = add_mask(score, tile.mask_by_key ? splat(tile.mask[key]) : load16(tile.mask + at));
+  if (tile.mask) score = add_mask(score, tile.mask_by_key ? f32x16(tile.mask[key]) : load16(tile.mask + at));
   if (tile.causal) {
     const int64_t hidden = tile.first_key + key - tile.first_query - column;  // queries before the key
-    score = LANE < static_cast<int32_t>(std::clamp<int64_t>(hidden, 0, LANES)) ? splat(-INF) : score;
+    score = select(first(std::clamp<int64_t>(hidden, 0, LANES)), -INF, score);
   }
   const f32x16 weight = exp16(score - load16(tile.shifts + column)) * load16(tile.inverse_sums + column);
   return {weight, weight * (load16(tile.dweights + at) - load16(tile.delta + column)) * tile.scale};
@@ -108,49 +105,23 @@ FASTVIT_INLINE void store_pair(f32x16 even, f32x16 odd, c10::BFloat16* row, int6
   if (next) store_u16(row + next, high);
   if (pairs) {
     const u32x16 pair = low | high << 16;
-    __builtin_memcpy(pairs, &pair, sizeof(pair));
+    store_u32(pairs, pair);
   }
 }
 
-}  // namespace
+void softmax_rows(const SoftmaxRows& block) { FASTVIT_BY_DTYPE(block.dtype, softmax_rows_as, block); }
 
-ScoreMask::ScoreMask(const OptionalTensor& mask, at::IntArrayRef sizes) : heads(sizes[1]) {
-  if (!present(mask)) return;
-  const bool known = mask->scalar_type() == at::kBool || mask->scalar_type() == at::kFloat ||
-                     mask->scalar_type() == at::kBFloat16 || mask->scalar_type() == at::kHalf;
-  Tensor values = known ? *mask : mask->to(at::kFloat);
-  if (values.dim() > 0 && values.size(-1) > 1 && values.stride(-1) != 1) values = values.contiguous();
-  tensor = values.expand(sizes);
-}
-
-void ScoreMask::row(int64_t head, int64_t query, Range keys, float* out) const {
-  const int64_t key_stride = tensor.stride(3), begin = head / heads * tensor.stride(0) +
-                                                       head % heads * tensor.stride(1) + query * tensor.stride(2) +
-                                                       keys.begin * key_stride;
-  const int64_t count = key_stride == 0 ? 1 : keys.size();
-  if (tensor.scalar_type() == at::kBool) {
-    const bool* keep = tensor.const_data_ptr<bool>() + begin;
-    for (int64_t j = 0; j < count; ++j) out[j] = keep[j] ? 0.0f : -INF;
-  } else {
-    const char* values = static_cast<const char*>(tensor.const_data_ptr()) + begin * tensor.element_size();
-    scale_row(values, tensor.scalar_type(), count, 1.0f, out, at::kFloat);
-  }
-  if (count < keys.size()) std::fill_n(out + 1, keys.size() - 1, out[0]);
-}
-
-FASTVIT_CLONES void softmax_rows(const SoftmaxRows& block) { FASTVIT_BY_DTYPE(block.dtype, softmax_rows_as, block); }
-
-FASTVIT_CLONES void store_scaled(const float* products, int64_t rows, int64_t columns, const float* factors,
-                                 const TileTarget& target) {
+void store_scaled(const float* products, int64_t rows, int64_t columns, const float* factors,
+                  const TileTarget& target) {
   FASTVIT_BY_DTYPE(target.dtype, store_scaled_as, products, rows, columns, factors, target);
 }
 
-FASTVIT_CLONES void row_dots(const void* a, int64_t a_stride, const void* b, int64_t b_stride, at::ScalarType dtype,
-                             int64_t rows, int64_t n, float* out) {
+void row_dots(const void* a, int64_t a_stride, const void* b, int64_t b_stride, at::ScalarType dtype, int64_t rows,
+              int64_t n, float* out) {
   FASTVIT_BY_DTYPE(dtype, row_dots_as, a, a_stride, b, b_stride, rows, n, out);
 }
 
-FASTVIT_CLONES void score_gradients(const ScoreGradTile& tile) {
+void score_gradients(const ScoreGradTile& tile) {
   for (int64_t key = 0; key < tile.keys; ++key) {
     for (int64_t column = 0; column < tile.columns; column += LANES) {
       const ScoreGrad grad = score_grad(tile, key, column);
@@ -160,8 +131,8 @@ FASTVIT_CLONES void score_gradients(const ScoreGradTile& tile) {
   }
 }
 
-FASTVIT_CLONES void score_gradients(const ScoreGradTile& tile, c10::BFloat16* weights, c10::BFloat16* dscores,
-                                    c10::BFloat16* pairs) {
+void score_gradients_bf16(const ScoreGradTile& tile, c10::BFloat16* weights, c10::BFloat16* dscores,
+                          c10::BFloat16* pairs) {
   for (int64_t key = 0; key < tile.keys; key += 2) {
     const int64_t next = key + 1 < tile.keys ? PANEL : 0;
     for (int64_t column = 0; column < tile.columns; column += LANES) {
@@ -174,4 +145,4 @@ FASTVIT_CLONES void score_gradients(const ScoreGradTile& tile, c10::BFloat16* we
   }
 }
 
-}  // namespace fastvit::cpu
+}  // namespace fastvit::cpu::FASTVIT_ISA

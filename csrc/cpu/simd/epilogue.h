@@ -1,9 +1,9 @@
-#include "epilogue.h"
+// What happens to a 64-column tile of products; see ../epilogue.h.
+#pragma once
 
-#include "dtypes.h"
+#include "math.h"
 
-namespace fastvit::cpu {
-namespace {
+namespace fastvit::cpu::FASTVIT_ISA {
 
 template <class S>
 FASTVIT_INLINE S* at_row(const TileTarget& target, int64_t row) {
@@ -60,19 +60,19 @@ FASTVIT_INLINE void store_residual_as(const ResidualTile& args) {
 
 template <class S, Activation A>
 FASTVIT_INLINE void activation_backward_by(const ActivationGradTile& tile) {
-  for (int64_t n = 0; n < 64; n += LANES) {
+  for (int64_t n = 0; n < PANEL; n += LANES) {
     f64x16 sum{};
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t left = tile.columns - n, at = r * 64 + n;
+      const int64_t left = tile.columns - n, at = r * PANEL + n;
       const S* h_row = static_cast<const S*>(tile.h) + r * tile.h_stride;
       const f32x16 h = left > 0 ? load_part(h_row + n, left) : f32x16{};
       const Gate g = gate_and_slope<A>(h);
       const f32x16 dh = load16(tile.da + at) * (g.value + h * g.slope);
       store16(tile.activated + at, h * g.value);
       store16(tile.dh + at, dh);
-      sum += __builtin_convertvector(dh, f64x16);
+      sum += dh;
     }
-    for (int64_t i = 0; i < LANES; ++i) tile.column_sum[n + i] += sum[i];
+    add_lanes(tile.column_sum + n, sum);
   }
 }
 
@@ -88,24 +88,20 @@ FASTVIT_INLINE void activation_backward_as(const ActivationGradTile& tile, Activ
   }
 }
 
-}  // namespace
-
-FASTVIT_CLONES void store_biased(const TileSource& tile, const TileTarget& target) {
+void store_biased(const TileSource& tile, const TileTarget& target) {
   FASTVIT_BY_DTYPE(target.dtype, store_biased_as, tile, target);
 }
 
-FASTVIT_CLONES void store_activated(const TileSource& tile, Activation act, const TileTarget& activated,
-                                    const TileTarget& pre_activation) {
+void store_activated(const TileSource& tile, Activation act, const TileTarget& activated,
+                     const TileTarget& pre_activation) {
   if (pre_activation.data) FASTVIT_BY_DTYPE(pre_activation.dtype, store_biased_as, tile, pre_activation);
   FASTVIT_BY_DTYPE(activated.dtype, store_activated_as, tile, act, activated);
 }
 
-FASTVIT_CLONES void store_residual(const ResidualTile& args) {
-  FASTVIT_BY_DTYPE(args.target.dtype, store_residual_as, args);
-}
+void store_residual(const ResidualTile& args) { FASTVIT_BY_DTYPE(args.target.dtype, store_residual_as, args); }
 
-FASTVIT_CLONES void activation_backward(const ActivationGradTile& tile, Activation act) {
+void activation_backward(const ActivationGradTile& tile, Activation act) {
   FASTVIT_BY_DTYPE(tile.h_dtype, activation_backward_as, tile, act);
 }
 
-}  // namespace fastvit::cpu
+}  // namespace fastvit::cpu::FASTVIT_ISA

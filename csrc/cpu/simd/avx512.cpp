@@ -1,0 +1,17 @@
+#include "../kernels.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#define FASTVIT_ISA avx512
+#define FASTVIT_REGISTER_BYTES 64
+#define FASTVIT_HAS_DOT_PAIRS 1
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v4"))), apply_to = function)
+#include "table.h"
+#pragma clang attribute pop
+#else
+#pragma GCC target("arch=x86-64-v4")
+#include "table.h"
+#endif
+#else
+const fastvit::cpu::Kernels* fastvit::cpu::avx512::table() { return nullptr; }
+#endif

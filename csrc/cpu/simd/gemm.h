@@ -1,0 +1,165 @@
+// The micro-kernels: a few rows of A times 16 to 64 columns of a panel, with all sums in registers.
+#pragma once
+
+#include "vector.h"
+
+namespace fastvit::cpu::FASTVIT_ISA {
+
+// The register file decides the tile: 32 x 512 bits hold 6 x 64 floats, 16 x 256 bits 6 x 16, 16 x 128 bits 2 x 16.
+#if defined(__aarch64__)
+constexpr int GEMM_ROWS = 6;
+#else
+constexpr int GEMM_ROWS = REGISTER == 4 ? 2 : 6;
+#endif
+constexpr int GEMM_VECTORS = REGISTER == 16 ? 4 : 1;
+constexpr int64_t GEMM_COLUMNS = GEMM_VECTORS * LANES;
+constexpr int64_t L1_K = GEMM_VECTORS == 4 ? K_BLOCK : K_BLOCK / 2;  // so that narrow columns of B stay in L1
+
+// Offset of (k, n) in a packed panel of `size` k, and the distance to (k + 1, n). Narrow tiles want their columns side
+// by side: [ceil(k / 64)][4][64][16] instead of [k][64].
+FASTVIT_INLINE int64_t packed_offset(int64_t k, int64_t n, int64_t size) {
+  if constexpr (GEMM_COLUMNS == PANEL) return k * PANEL + n;
+  const int64_t block = k / PANEL * PANEL, count = std::min(PANEL, size - block);
+  return block * PANEL + n / GEMM_COLUMNS * GEMM_COLUMNS * count + (k - block) * GEMM_COLUMNS + n % GEMM_COLUMNS;
+}
+
+// The part of the next tile that is fetched along with one micro tile, in shares between its steps of k.
+struct Fetch {
+  const char* from = nullptr;
+  int64_t lines = 0;
+
+  template <class T>
+  FASTVIT_INLINE Fetch(const GemmTile<T>& t, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+    if (!t.next) return;
+    const int64_t all = t.k * PANEL * static_cast<int64_t>(sizeof(T)) / CACHE_LINE, area = t.rows * t.columns;
+    const int64_t before = column * t.rows + row * columns, first = all * before / area;
+    from = static_cast<const char*>(t.next) + first * CACHE_LINE;
+    lines = all * (before + rows * columns) / area - first;
+  }
+
+  FASTVIT_INLINE void step(int64_t done, int64_t now, int64_t total) const {
+    if (lines == 0) return;
+    const int64_t end = lines * (done + now) / total;
+    for (int64_t i = lines * done / total; i < end; ++i) __builtin_prefetch(from + i * CACHE_LINE, 0, 2);
+  }
+};
+
+template <int ROWS, int VECTORS>
+FASTVIT_INLINE void store_tile(const f32x16 (&acc)[ROWS][VECTORS], float* c, int64_t ldc, bool add) {
+  for (int i = 0; i < ROWS; ++i) {
+    for (int v = 0; v < VECTORS; ++v) {
+      float* at = c + i * ldc + v * LANES;
+      store16(at, add ? load16(at) + acc[i][v] : acc[i][v]);
+    }
+  }
+}
+
+// acc += A (ROWS, count) B (count, 16 * VECTORS)
+template <int ROWS, int VECTORS>
+FASTVIT_INLINE void multiply(f32x16 (&acc)[ROWS][VECTORS], const float* a, int64_t lda, const float* b, int64_t ldb,
+                             int64_t count) {
+  for (int64_t k = 0; k < count; ++k) {
+    f32x16 row[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) row[v] = load16(b + k * ldb + v * LANES);
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; ++i) {
+      const f32x16 left = a[i * lda + k];
+      for (int v = 0; v < VECTORS; ++v) acc[i][v] = acc[i][v] + left * row[v];
+    }
+  }
+}
+
+// ROWS x (16 * VECTORS) of C from row `r` and column `n` on.
+template <int ROWS, int VECTORS>
+FASTVIT_INLINE void micro_tile(const GemmTile<float>& t, int64_t r, int64_t n) {
+  const Fetch fetch(t, r, ROWS, n, VECTORS * LANES);
+  const float* a = t.a + r * t.lda;
+  for (int64_t k0 = 0; k0 < t.k; k0 += t.step) {
+    const int64_t end = std::min(t.k, k0 + t.step);
+    fetch.step(k0, end - k0, t.k);
+    f32x16 acc[ROWS][VECTORS] = {};
+    if (GEMM_COLUMNS == PANEL || !t.packed) {
+      multiply(acc, a + k0, t.lda, t.b + k0 * PANEL + n, PANEL, end - k0);
+    } else {
+      for (int64_t k = k0; k < end;) {
+        const int64_t count = std::min(end, (k / PANEL + 1) * PANEL) - k;
+        multiply(acc, a + k, t.lda, t.b + packed_offset(k, n, t.k), GEMM_COLUMNS, count);
+        k += count;
+      }
+    }
+    store_tile<ROWS, VECTORS>(acc, t.c + r * t.ldc + n, t.ldc, t.accumulate || k0 > 0);
+  }
+}
+
+#if FASTVIT_HAS_DOT_PAIRS
+// acc[i] += a[2i] b[2i] + a[2i + 1] b[2i + 1] of bfloat16 pairs. The intrinsic would bind the templates to one target.
+FASTVIT_INLINE f32x16 dot_pairs(f32x16 acc, f32x16 a, f32x16 b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(acc.part[0]) : "v"(a.part[0]), "v"(b.part[0]));
+  return acc;
+}
+
+// As above with pairs of k: one of A is broadcast and multiplied with 16 of B.
+template <int ROWS, int VECTORS>
+FASTVIT_INLINE void micro_tile(const GemmTile<c10::BFloat16>& t, int64_t r, int64_t n) {
+  constexpr int64_t PAIR_STEP = 64;
+  const Fetch fetch(t, r, ROWS, n, VECTORS * LANES);
+  const int64_t pairs = t.k / 2;
+  const c10::BFloat16 *a = t.a + r * t.lda, *b = t.b + 2 * n;
+  f32x16 acc[ROWS][VECTORS] = {};
+  for (int64_t k0 = 0; k0 < pairs; k0 += PAIR_STEP) {
+    const int64_t end = std::min(pairs, k0 + PAIR_STEP);
+    fetch.step(k0, end - k0, pairs);
+    for (int64_t k = k0; k < end; ++k) {
+      f32x16 row[VECTORS];
+      for (int v = 0; v < VECTORS; ++v)
+        row[v] = load16(reinterpret_cast<const float*>(b + (k * PANEL + v * LANES) * 2));
+#pragma GCC unroll 12
+      for (int i = 0; i < ROWS; ++i) {
+        uint32_t pair;
+        __builtin_memcpy(&pair, a + i * t.lda + 2 * k, sizeof(pair));
+        const f32x16 left = from_bits(pair);
+        for (int v = 0; v < VECTORS; ++v) acc[i][v] = dot_pairs(acc[i][v], left, row[v]);
+      }
+    }
+  }
+  store_tile<ROWS, VECTORS>(acc, t.c + r * t.ldc + n, t.ldc, t.accumulate);
+}
+#endif
+
+template <int ROWS, int VECTORS, class T>
+FASTVIT_INLINE void micro_columns(const GemmTile<T>& t, int64_t n) {
+  int64_t r = 0;
+  for (; r + ROWS <= t.rows; r += ROWS) micro_tile<ROWS, VECTORS>(t, r, n);
+  for (; r + 2 <= t.rows; r += 2) micro_tile<2, VECTORS>(t, r, n);
+  if (r < t.rows) micro_tile<1, VECTORS>(t, r, n);
+}
+
+template <class T>
+FASTVIT_INLINE void micro_gemm(const GemmTile<T>& t) {
+  int64_t n = 0;
+  for (; n + GEMM_COLUMNS <= t.columns; n += GEMM_COLUMNS) micro_columns<GEMM_ROWS, GEMM_VECTORS>(t, n);
+  if constexpr (GEMM_VECTORS == 4) {  // fewer columns leave registers for more rows
+    const int64_t left = t.columns - n;
+    if (left == 3 * LANES) micro_columns<8, 3>(t, n);
+    if (left == 2 * LANES) micro_columns<12, 2>(t, n);
+    if (left == LANES) micro_columns<12, 1>(t, n);
+  }
+}
+
+void gemm_fp32(const GemmTile<float>& tile) {
+  GemmTile<float> part = tile;
+  for (int64_t k = 0; k < tile.k; k += L1_K) {
+    part.a = tile.a + k;
+    part.b = tile.b + k * PANEL;
+    part.k = std::min(L1_K, tile.k - k);
+    part.accumulate = tile.accumulate || k > 0;
+    part.next = tile.next ? static_cast<const float*>(tile.next) + k * PANEL : nullptr;
+    micro_gemm(part);
+  }
+}
+
+#if FASTVIT_HAS_DOT_PAIRS
+void gemm_bf16(const GemmTile<c10::BFloat16>& tile) { micro_gemm(tile); }
+#endif
+
+}  // namespace fastvit::cpu::FASTVIT_ISA

@@ -1,0 +1,46 @@
+"""One binary for every machine: the same kernels compiled for several instruction sets, each as accurate."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+C = pytest.importorskip("fastvit._C", reason="the C++ extension is not built")
+ROOT = Path(__file__).resolve().parent.parent
+SETS = ("baseline", "avx2", "avx512")
+BEST = C.cpu_capabilities()["fp32"]
+
+
+def run(isa: str, *command: str) -> subprocess.CompletedProcess:
+    """In a process of its own: the choice is made once."""
+    env = os.environ | {"FASTVIT_CPU_ISA": isa}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("isa", SETS[: SETS.index(BEST)])
+def test_lower_sets_are_as_accurate(isa):
+    outcome = run(
+        isa, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_cpp_parity.py", "tests/test_cpp_attention.py"
+    )
+    assert outcome.returncode == 0, outcome.stdout[-3000:]
+
+
+def test_the_set_asked_for_runs():
+    for isa in SETS[: SETS.index(BEST) + 1]:
+        outcome = run(isa, "-c", "from fastvit import _C; print(_C.cpu_capabilities()['fp32'])")
+        assert outcome.stdout.strip() == isa, outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("isa", "message"),
+    [("sse9", "FASTVIT_CPU_ISA is sse9, expected avx512, avx2 or baseline")]
+    + [(isa, f"FASTVIT_CPU_ISA is {isa}, which this machine does not have") for isa in SETS[SETS.index(BEST) + 1 :]],
+)
+def test_a_set_that_cannot_run_is_an_error(isa, message):
+    outcome = run(isa, "-c", "from fastvit import _C; _C.cpu_capabilities()")
+    assert outcome.returncode != 0
+    assert message in outcome.stderr
