@@ -131,6 +131,11 @@ def _half_cols(dim: int) -> tuple[int, ...]:
     return power_of_two_parts(dim, 16, 2) if dim > 64 else power_of_two_parts(dim, 32, 1)
 
 
+def pair_cols(dtype: Any, dim: int) -> tuple[int, ...]:
+    """Half of the head dim in powers of two, for heads that are held in pairs of parts: 80 is (32 + 16) twice."""
+    return _fp32_cols(dim // 2) if dtype.itemsize == 4 else power_of_two_parts(dim // 2, 16, 2)
+
+
 def power_of_two_parts(size: int, unit: int, count: int) -> tuple[int, ...]:
     """Cover ``size`` with at most ``count`` different powers of two, each at least ``unit``: 197 is 128 + 64 + 16."""
     total = -(-size // unit) * unit
