@@ -26,7 +26,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-MODULES = ("attention", "attention_general", "patch_embed")
+MODULES = ("attention", "attention_few", "attention_general", "patch_embed")
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")  # fastest first
 DOT_16 = re.compile(r"tt\.dot .*(bf16|f16)>")

@@ -200,11 +200,16 @@ def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, t
     return mask, mask.expand(shape).stride()
 
 
+def _settings(kernel: str, q: Tensor, keys: int, options: Options, device: Limits) -> AttentionSettings:
+    prepared = bool(options.preparation.norm or options.preparation.pairs)
+    return attention_settings(kernel, q.dtype, q.shape[3], keys, device.arch, general=True, prepared=prepared)
+
+
 def _fwd_launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, top: Tensor, log: Tensor, options: Options, device: Limits
 ) -> Launch:
     shape = (*q.shape[:3], k.shape[2])
-    settings = attention_settings("fwd", q.dtype, q.shape[3], shape[3], device.arch, general=True)
+    settings = _settings("fwd", q, shape[3], options, device)
     return _launch(_general_fwd_kernel, settings, (q, k, v, out), (top, log), options, shape)
 
 
@@ -214,10 +219,7 @@ def _bwd_launches(
 ) -> tuple[list[Launch], list[Tensor]]:  # fmt: skip
     """The launches, and what they leave of the gradients of the norms: (programs, 2, D) float32 of q's and of k's."""
     shape = (*q.shape[:3], k.shape[2])
-    dq_settings, dkv_settings = (
-        attention_settings(kernel, q.dtype, q.shape[3], shape[3], device.arch, general=True)
-        for kernel in ("bwd_dq", "bwd")
-    )
+    dq_settings, dkv_settings = (_settings(kernel, q, shape[3], options, device) for kernel in ("bwd_dq", "bwd"))
     delta = torch.empty_like(top)  # dQ leaves sum(dout * out) for dK and dV
     dq_sums = _sums(dq_settings, options, shape, q, False)
     dk_sums = _sums(dkv_settings, options, shape, q, True)

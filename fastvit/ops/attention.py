@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -131,9 +132,7 @@ def _check_packed(qkv: Tensor, num_heads: int, dropout_p: float) -> None:
 def _launch_fwd(backend, q, k, v, attn_mask, is_causal, scale):
     if backend == "cpp":
         return _contract.compiled(backend).attention_fwd(q, k, v, attn_mask, is_causal, scale)
-    from ..kernels import attention as kernels  # type: ignore[attr-defined]
-
-    return kernels.attention_fwd(q, k, v, scale)
+    return _kernels(q)[0](q, k, v, scale)
 
 
 def _launch_bwd(backend, dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv) -> None:
@@ -141,9 +140,16 @@ def _launch_bwd(backend, dout, q, k, v, attn_mask, is_causal, out, lse, scale, d
         cpp = _contract.compiled(backend)
         cpp.attention_bwd(dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv)
         return
-    from ..kernels import attention as kernels  # type: ignore[attr-defined]
+    _kernels(q)[1](dout, q, k, v, out, lse, scale, dq, dk, dv)
 
-    kernels.attention_bwd(dout, q, k, v, out, lse, scale, dq, dk, dv)
+
+def _kernels(q: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Triton's forward and backward for this number of queries."""
+    from ..kernels import attention, attention_few  # type: ignore[attr-defined]
+
+    if q.shape[2] <= attention_few.MOST_QUERIES:
+        return attention_few.attention_few_fwd, attention_few.attention_few_bwd
+    return attention.attention_fwd, attention.attention_bwd
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
