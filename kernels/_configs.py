@@ -127,7 +127,7 @@ def _general_settings(kernel: str, dtype: Any, dim: int, arch: int) -> Attention
 
 def _prepared_settings(kernel: str, dtype: Any, dim: int, arch: int) -> AttentionSettings:
     """A row on its way through a norm and a rotation fills float32 registers five times over: more warps, fewer rows."""
-    wide = dim > 64
+    hopper, wide = arch >= 90, dim > 64
     if dtype.itemsize == 4:
         cols = _fp32_cols(dim)
         if kernel == "fwd":
@@ -139,9 +139,11 @@ def _prepared_settings(kernel: str, dtype: Any, dim: int, arch: int) -> Attentio
     if kernel == "fwd":
         return AttentionSettings(cols, 64 if wide else 128, 32, num_warps=8, max_registers=255)
     if kernel == "bwd_dq":
-        return AttentionSettings(cols, 64, 16 if wide else 32, num_warps=8, max_registers=255)
-    if arch < 90:
-        return AttentionSettings(cols, 16, 32, num_warps=8, max_registers=255)
+        return AttentionSettings(
+            cols, 64 if hopper or not wide else 32, 16 if wide else 32, num_warps=8, max_registers=255
+        )
+    if not hopper:
+        return AttentionSettings(power_of_two_parts(dim, 32, 1), 16, 32, num_warps=8, max_registers=255)
     return AttentionSettings(cols, 16 if wide else 32, 64, num_warps=8, max_registers=255)
 
 
@@ -163,8 +165,9 @@ def few_settings(kernel: str, dtype: Any, dim: int, queries: int) -> FewSettings
     """Blocks of at most 8 k values of K: all loads of a step are in flight at once, and the rest fits the registers."""
     cols = _half_cols(dim)
     values = 8192 if kernel == "fwd" and dtype.itemsize == 2 and queries <= 2 else 4096
-    block_n = max(16, min(128, values // (1 << (sum(cols) - 1).bit_length())))
-    return FewSettings(cols, 1 << (queries - 1).bit_length(), block_n)
+    many = kernel == "bwd" and queries > 2
+    block_n = max(16, min(128, (2048 if many else values) // (1 << (sum(cols) - 1).bit_length())))
+    return FewSettings(cols, 1 << (queries - 1).bit_length(), block_n, num_warps=8 if many else 4)
 
 
 def _fp32_cols(dim: int) -> tuple[int, ...]:

@@ -58,10 +58,11 @@ def attention_few_bwd(
 
 
 def aot_cases() -> list[AotCase]:
-    """The class token at every way to cut a head dim, and the largest number of queries."""
+    """The class token and the largest number of queries, at every way to cut a head dim."""
     cases = []
-    sizes = [(1, dim) for dim in (32, 64, 72, 80, 96, 104, 128)] + [(MOST_QUERIES, 64), (MOST_QUERIES, 128)]
-    for (queries, dim), dtype in product(sizes, (torch.bfloat16, torch.float16, torch.float32)):
+    sizes = [(queries, dim, torch.bfloat16) for queries, dim in product((1, MOST_QUERIES), (64, 80, 128))]
+    sizes += [(1, 64, torch.float16), (1, 64, torch.float32), (MOST_QUERIES, 128, torch.float32)]
+    for queries, dim, dtype in sizes:
         q, out = (torch.empty(2, queries, 12, dim, dtype=dtype, device="meta").transpose(1, 2) for _ in range(2))
         k, v = torch.empty(2, 197, 2, 12, dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4).unbind(0)
         lse = torch.empty(2, 12, queries, device="meta")

@@ -56,6 +56,10 @@ class Options:
     max_seqlen: int = 0
     preparation: Preparation = Preparation()  # noqa: RUF009 - frozen
 
+    @property
+    def longest(self) -> int | None:
+        return None if self.cu_seqlens is None else self.max_seqlen
+
 
 def attention_general_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``out`` and each query's statistics: its largest score, and log2 of its sum of exp(score - largest).
@@ -66,7 +70,7 @@ def attention_general_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> 
     top, log   (B, H, Nq)     float32; two numbers, as their sum would lose log beside a mask of -1e30
     """
     _check(q, options.scale)
-    q, k, v = (_rows(t) for t in (q, k, v))
+    q, k, v = (_rows(t, options.longest) for t in (q, k, v))
     batch, heads, nq, dim = q.shape
     out = q.new_empty(batch, nq, heads, dim).transpose(1, 2)
     top, log = (q.new_empty(batch, heads, nq, dtype=torch.float32) for _ in range(2))
@@ -93,7 +97,7 @@ def attention_general_bwd(
     Returns those of weight and bias (2, D) float32 of q's norm and of k's; zeros without a norm.
     """
     _check(q, options.scale)
-    dout, q, k, v, out = (_rows(t) for t in (dout, q, k, v, out))
+    dout, q, k, v, out = (_rows(t, options.longest) for t in (dout, q, k, v, out))
     if q.numel() == 0:
         return q.new_zeros(2, q.shape[3], dtype=torch.float32), q.new_zeros(2, q.shape[3], dtype=torch.float32)
     launches, sums = _bwd_launches(dout, q, k, v, out, top, log, options, dq, dk, dv, limits(q.device))
@@ -117,10 +121,16 @@ def aot_cases(arch: int = 90) -> list[AotCase]:
     together = Options(0.125, mask.bfloat16(), True, 0.1, seed)
     wanted = [(64, options) for options in alone.items()]
     wanted += [(dim, ("all", together)) for dim in (32, 64, 80, 96, 104, 128)]
-    for dim, label in ((64, "half"), (64, "interleaved"), (80, "half"), (128, "half"), (72, "rms"), (64, "layer")):
-        wanted.append((dim, (label, replace(together, preparation=_aot_preparation(dim, label)))))
     cases: dict[Any, AotCase] = {}
-    for (dim, (label, options)), dtype in product(wanted, (torch.bfloat16, torch.float16, torch.float32)):
+    every = list(product(wanted, (torch.bfloat16, torch.float16, torch.float32)))
+    prepared = (
+        [(64, "half"), (64, "interleaved"), (80, "half"), (128, "half"), (72, "rms")] if arch == 90 else [(64, "half")]
+    )
+    for dim, label in prepared:
+        every.append(((dim, (label, replace(together, preparation=_aot_preparation(dim, label)))), torch.bfloat16))
+    if arch == 90:
+        every.append(((64, ("half", every[-5][0][1][1])), torch.float32))
+    for (dim, (label, options)), dtype in every:
         batch = 1 if label == "varlen" else 2
         q = torch.empty(batch, 197, 3, 12, dim, dtype=dtype, **meta).permute(2, 0, 3, 1, 4)[0]
         out = torch.empty(batch, 197, 12, dim, dtype=dtype, **meta).transpose(1, 2)
@@ -466,12 +476,13 @@ def _general_bwd_dkv_kernel(
         else:
             dv = outer(p, dout, dv)
         dk = outer(p * (dp - delta[None, :]), q, dk)
+    if seed_ptr is not None:
+        dv = scaled(dv, keep_scale)
+    store(dv_ptr, offs_n, stride_dvn, Nk, dv, D, UNIT, COLS)
+    # dK last: its way back through rotation and norm wants the registers of dV
     sums_ptr += tl.program_id(0).to(tl.int64) * (2 * D)
     dk = raw_gradient(
         scaled(dk, scale), k_ptr, offs_n, stride_kn, Nk, kw_ptr, k_eps, rope_ptr, num_prefix, sums_ptr,
         D, UNIT, QK_COLS, PAIRS, NORM,
     )  # fmt: skip
     store_heads(dk_ptr, offs_n, stride_dkn, Nk, dk, D, UNIT, QK_COLS, PAIRS)
-    if seed_ptr is not None:
-        dv = scaled(dv, keep_scale)
-    store(dv_ptr, offs_n, stride_dvn, Nk, dv, D, UNIT, COLS)
