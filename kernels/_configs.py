@@ -126,7 +126,7 @@ def _general_settings(kernel: str, dtype: Any, dim: int, arch: int) -> Attention
 
 
 def _prepared_settings(kernel: str, dtype: Any, dim: int, arch: int) -> AttentionSettings:
-    """A row on its way through a norm and a rotation fills float32 registers five times over: more warps, fewer rows."""
+    """A row on its way through a norm and a rotation fills float32 registers five times over: fewer rows a warp."""
     hopper, wide = arch >= 90, dim > 64
     if dtype.itemsize == 4:
         cols = _fp32_cols(dim)
@@ -139,9 +139,8 @@ def _prepared_settings(kernel: str, dtype: Any, dim: int, arch: int) -> Attentio
     if kernel == "fwd":
         return AttentionSettings(cols, 64 if wide else 128, 32, num_warps=8, max_registers=255)
     if kernel == "bwd_dq":
-        return AttentionSettings(
-            cols, 64 if hopper or not wide else 32, 16 if wide else 32, num_warps=8, max_registers=255
-        )
+        rows = 64 if not wide or (hopper and dim <= 104) else 32
+        return AttentionSettings(cols, rows, 16 if wide else 32, num_warps=8, max_registers=255)
     if not hopper:
         return AttentionSettings(power_of_two_parts(dim, 32, 1), 16, 32, num_warps=8, max_registers=255)
     return AttentionSettings(cols, 16 if wide else 32, 64, num_warps=8, max_registers=255)
