@@ -133,7 +133,7 @@ def _why_not_packed(attn: Any) -> list[str]:
     )
 
 
-def head_norms(attn: Any) -> dict[str, HeadNorm]:
+def head_norms(attn: Any) -> dict[str, Any]:
     """q_norm and k_norm as the attention ops take them; {} where ``attn`` has none."""
     kind = kind_of(attn.q_norm)
     if kind == "Identity":

@@ -120,7 +120,7 @@ def _bwd(dout, q, k, v, out, top, log, *rest):
         dk.zero_(), dv.zero_()
     options = _options(flat, scale, attn_mask, is_causal, dropout_p, dropout_seed)
     sums = kernels().attention_general_bwd(dout, q, k, v, out, top, log, options, dq, dk, dv)
-    return dq, dk, dv, *_heads.weight_gradients(*sums, flat[:4])
+    return dq, dk, dv, *_heads.weight_gradients(sums, flat[:4])
 
 
 def _bwd_fake(dout, q, k, v, out, top, log, *rest):
@@ -148,7 +148,7 @@ def _packed_bwd(dout, qkv, out, top, log, *rest):
     options = _options(flat, scale, dropout_p=dropout_p, dropout_seed=dropout_seed)
     heads, grads = reference.unpack_qkv(qkv, num_heads), reference.unpack_qkv(dqkv, num_heads)
     sums = kernels().attention_general_bwd(dout, *heads, out, top, log, options, *grads)
-    return dqkv, *_heads.weight_gradients(*sums, flat[:4])
+    return dqkv, *_heads.weight_gradients(sums, flat[:4])
 
 
 def _packed_bwd_fake(dout, qkv, out, top, log, *rest):

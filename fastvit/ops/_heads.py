@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,9 @@ def flat(q_norm: HeadNorm | None, k_norm: HeadNorm | None, rope: Rope | None) ->
     if q_norm is not None and k_norm is not None:
         norms = {"q_weight": q_norm.weight, "q_bias": q_norm.bias, "k_weight": k_norm.weight, "k_bias": k_norm.bias}
         norms |= {"norm": "rms" if q_norm.rms else "layer", "q_eps": q_norm.eps, "k_eps": k_norm.eps}
-    rotation = {} if rope is None else {"rope": rope.table, "num_prefix": rope.num_prefix, "half": rope.half}
+    rotation: dict[str, Any] = (
+        {} if rope is None else {"rope": rope.table, "num_prefix": rope.num_prefix, "half": rope.half}
+    )
     return Flat(**norms, **rotation)
 
 
@@ -108,16 +111,15 @@ def why_not_triton(q_norm: HeadNorm | None, k_norm: HeadNorm | None, rope: Rope 
     return reasons
 
 
-def weight_gradients(q_sums: Tensor, k_sums: Tensor, weights: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    """The gradients of WEIGHTS from the kernels' (2, D) sums; an empty tensor for what is not there."""
-    sums = (q_sums[0], q_sums[1], k_sums[0], k_sums[1])
+def weight_gradients(sums: tuple[Tensor, Tensor], weights: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The gradients of WEIGHTS from the kernels' (2, D) sums of q's norm and of k's; empty for what is not there."""
     return tuple(
         total.new_empty(0) if weight is None else total.to(weight.dtype, copy=True)
-        for total, weight in zip(sums, weights, strict=True)
+        for total, weight in zip((*sums[0], *sums[1]), weights, strict=True)
     )
 
 
-def fake_weight_gradients(some: Tensor, weights: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+def fake_weight_gradients(some: Tensor, weights: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     return tuple(
         some.new_empty(0, dtype=torch.float32) if weight is None else torch.empty_like(weight) for weight in weights
     )

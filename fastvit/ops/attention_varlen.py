@@ -116,7 +116,7 @@ def _bwd(dout, q, k, v, out, top, log, *rest):
     grads = [tensor.new_empty(tensor.shape) for tensor in (q, k, v)]
     rows = [_as_heads(tensor) for tensor in (dout, q, k, v, out)]
     sums = kernels().attention_general_bwd(*rows, top[None], log[None], _options(*rest), *map(_as_heads, grads))
-    return *grads, *_heads.weight_gradients(*sums, rest[:4])
+    return *grads, *_heads.weight_gradients(sums, rest[:4])
 
 
 def _bwd_fake(dout, q, k, v, out, top, log, *rest):
