@@ -123,7 +123,7 @@ def rows(tokens: int, only: str) -> Iterator[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--tokens", type=int, default=197 if CUDA else 50)
+    parser.add_argument("--tokens", type=int, default=197 if CUDA else 33)
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
     found = []
