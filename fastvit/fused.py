@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_state
 
 from .ops import attention, attention_packed, layernorm_linear, layernorm_mlp, linear_residual, patch_embed
-from .reference import normalize_pixels, unpack_qkv
+from .reference import HeadNorm, normalize_pixels, unpack_qkv
 from .resample import resample_pos_embed
 
 for _op in ("attention", "attention_packed", "layernorm_linear", "layernorm_mlp", "linear_residual", "patch_embed"):
@@ -49,6 +49,7 @@ for _name in ("ELU", "Hardsigmoid", "Hardswish", "LeakyReLU", "Mish", "ReLU", "S
     _HOMES[_name] = ("torch.nn.modules.activation",)
 _KINDS = {(home, f"{kind}.forward"): kind for kind, homes in _HOMES.items() for home in homes}
 _KIND_OF_TYPE: dict[type, str] = {}
+_HEAD_NORMS = ("LayerNorm", "LayerNormFp32", "RmsNorm")
 _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
 
 
@@ -97,7 +98,7 @@ def why_not_skip(module: Any, name: str, *kinds: str) -> list[str]:
     weight = own["_parameters"].get("weight")
     if weight is not None and type(weight) not in (nn.Parameter, Tensor):
         return [f"{name}.weight is a {type(weight).__name__}, the fused ops take plain tensors"]
-    if kind == "LayerNorm" and (len(own["normalized_shape"]) != 1 or own.get("_fast_norm")):
+    if kind in _HEAD_NORMS and (len(own["normalized_shape"]) != 1 or own.get("_fast_norm")):
         return [f"{name} normalises over {tuple(module.normalized_shape)} or by timm's fast norm, expected (E,)"]
     return []
 
@@ -126,7 +127,22 @@ def _why_not_attention_module(attn: Any) -> list[str]:
 
 
 def _why_not_packed(attn: Any) -> list[str]:
-    return why_not_skip(attn.q_norm, "attn.q_norm", "Identity") or why_not_skip(attn.k_norm, "attn.k_norm", "Identity")
+    """Reasons why q and k must be normalised by modules, apart from the attention."""
+    return why_not_skip(attn.q_norm, "attn.q_norm", "Identity", *_HEAD_NORMS) or why_not_skip(
+        attn.k_norm, "attn.k_norm", kind_of(attn.q_norm)
+    )
+
+
+def head_norms(attn: Any) -> dict[str, Any]:
+    """q_norm and k_norm as the attention ops take them; {} where ``attn`` has none."""
+    kind = kind_of(attn.q_norm)
+    if kind == "Identity":
+        return {}
+    modules = {"q_norm": attn.q_norm, "k_norm": attn.k_norm}
+    return {
+        name: HeadNorm(norm.weight, getattr(norm, "bias", None), norm.eps, kind == "RmsNorm")
+        for name, norm in modules.items()
+    }
 
 
 def _why_not_project(
@@ -282,21 +298,28 @@ def gated_activation(mlp: Any, hidden: Tensor) -> Tensor:
 def attend_packed(attn: Any, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """The attention core of a timm Attention module, (B, N, 3 * H * D) to (B, N, H * D)."""
     if attn_mask is None and not is_causal and not _why_not_packed(attn):
-        return attention_packed(qkv, attn.num_heads, dropout_p=_dropout_p(attn.attn_drop), scale=attn.scale)
+        dropout_p = _dropout_p(attn.attn_drop)
+        return attention_packed(qkv, attn.num_heads, dropout_p=dropout_p, scale=attn.scale, **head_norms(attn))
     q, k, v = unpack_qkv(qkv, attn.num_heads)
     return _attend(attn, q, k, v, attn_mask, is_causal)
 
 
 def _attend(attn: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False):
     """q, k, v (B, H, N, D), before their norms, to (B, Nq, H * D)."""
+    norms = {}
+    if _why_not_packed(attn):
+        q, k = attn.q_norm(q), attn.k_norm(k)
+    else:
+        norms = head_norms(attn)
     tokens = attention(
-        attn.q_norm(q),
-        attn.k_norm(k),
+        q,
+        k,
         v,
         attn_mask=attn_mask,
         is_causal=is_causal,
         dropout_p=_dropout_p(attn.attn_drop),
         scale=attn.scale,
+        **norms,
     )
     return tokens.transpose(1, 2).flatten(2)
 

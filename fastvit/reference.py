@@ -12,6 +12,7 @@ Shape letters, used throughout the package:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,65 @@ def assemble_tokens(patches: Tensor, pos_embed: Tensor | None, prefix: Tensor | 
     return patches if pos_embed is None else patches + pos_embed
 
 
+class HeadNorm(NamedTuple):
+    """Normalisation of q or k over the head dim: LayerNorm or, with ``rms``, division by the root mean square.
+
+    weight, bias  (D,)  optional; no bias with rms
+
+    Source: "Scaling Vision Transformers to 22 Billion Parameters" (Dehghani et al., 2023).
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-6
+    rms: bool = False
+
+
+class Rope(NamedTuple):
+    """Rotation of q and k by their position: token t of the sequence by row t - num_prefix of the table.
+
+    table       broadcastable to (B, H, L, 2 * D): the sines of the D columns, then their cosines, as timm has them
+    num_prefix  tokens at the start that are not rotated (class, register)
+    half        column c turns with column c + D / 2 (DINOv3); otherwise column 2 i with 2 i + 1 (EVA-02)
+
+    Source: "RoFormer" (Su et al., 2021); for images "EVA-02" (Fang et al., 2023).
+    """
+
+    table: Tensor
+    num_prefix: int = 0
+    half: bool = False
+
+
+def normalize_heads(x: Tensor, norm: HeadNorm | None) -> Tensor:
+    """``norm`` over the last dim of ``x``, with statistics in at least float32; in the dtype of ``x``."""
+    if norm is None:
+        return x
+    dtype = x.dtype if norm.weight is None else torch.promote_types(x.dtype, norm.weight.dtype)
+    weight, bias = (None if t is None else t.to(dtype) for t in (norm.weight, norm.bias))
+    if norm.rms:
+        return F.rms_norm(x.to(dtype), x.shape[-1:], weight, norm.eps).to(x.dtype)
+    return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, norm.eps).to(x.dtype)
+
+
+def rotate_heads(x: Tensor, rope: Rope | None) -> Tensor:
+    """``rope`` applied to the tokens (B, H, N, D) of ``x``; in the dtype of ``x``."""
+    if rope is None:
+        return x
+    prefix, tokens = x[..., : rope.num_prefix, :], x[..., rope.num_prefix :, :]
+    sin, cos = rope.table[..., : tokens.shape[-2], :].chunk(2, dim=-1)
+    if rope.half:
+        first, second = tokens.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+    else:
+        turned = torch.stack([-tokens[..., 1::2], tokens[..., ::2]], dim=-1).flatten(-2)
+    return torch.cat([prefix, (tokens * cos + turned * sin).to(x.dtype)], dim=-2)
+
+
+def prepare_heads(x: Tensor, norm: HeadNorm | None, rope: Rope | None) -> Tensor:
+    """What attention compares: ``x`` normalised, then rotated."""
+    return rotate_heads(normalize_heads(x, norm), rope)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -89,6 +149,9 @@ def attention(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     scale: float | None = None,
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
+    rope: Rope | None = None,
 ) -> Tensor:
     """Multi-head attention, ``dropout(softmax(q k^T * scale + mask)) v``.
 
@@ -99,10 +162,13 @@ def attention(
     dropout_p     probability of dropping a weight; the others grow by 1 / (1 - dropout_p)
     dropout_seed  (1,) int64; see dropout_keeps
     scale         default D ** -0.5
+    q_norm        of q over D, before all else; k_norm of k
+    rope          rotates q and k, once normalised
     returns       (B, H, Nq, D); a query whose every key is masked gets zeros
 
     Source: "Attention Is All You Need" (Vaswani et al., 2017).
     """
+    q, k = prepare_heads(q, q_norm, rope), prepare_heads(k, k_norm, rope)
     weights = attention_weights(q, k, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
     if dropout_p > 0.0 and dropout_seed is not None:
         weights = weights * dropout_keeps(dropout_seed, dropout_p, weights.shape) / (1.0 - dropout_p)
@@ -155,6 +221,9 @@ def attention_packed(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     scale: float | None = None,
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
+    rope: Rope | None = None,
 ) -> Tensor:
     """Self-attention on a packed projection.
 
@@ -164,6 +233,7 @@ def attention_packed(
     Otherwise as ``attention``.
     """
     q, k, v = unpack_qkv(qkv, num_heads)
+    q, k = prepare_heads(q, q_norm, rope), prepare_heads(k, k_norm, rope)
     out = attention(q, k, v, dropout_p=dropout_p, dropout_seed=dropout_seed, scale=scale)
     return out.transpose(1, 2).flatten(2)
 
@@ -179,16 +249,21 @@ def attention_varlen(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     scale: float | None = None,
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
+    rope: Rope | None = None,
 ) -> Tensor:
     """Self-attention within each of S samples whose rows lie one after another.
 
     q, k, v     (T, H, D)
     cu_seqlens  (S + 1,)   int: sample s has the rows from cu_seqlens[s] to cu_seqlens[s + 1]
     max_seqlen             of rows in a sample
+    rope                   its table has a row for each of the T rows, (T, 2 * D) or (H, T, 2 * D), and no prefix
     returns     (T, H, D)
 
     Otherwise as ``attention``.
     """
+    q, k = (prepare_heads(t.transpose(0, 1), norm, rope).transpose(0, 1) for t, norm in ((q, q_norm), (k, k_norm)))
     heads, mask = pad_samples((q, k, v), cu_seqlens, max_seqlen)
     dropout = {"dropout_p": dropout_p, "dropout_seed": dropout_seed}
     out = attention(*heads, attn_mask=mask, is_causal=is_causal, scale=scale, **dropout)  # type: ignore[arg-type]

@@ -59,15 +59,18 @@ ATTENTION_MEASURED: dict[tuple[int, str, str, int], tuple[tuple[int, int, Attent
 
 
 def attention_settings(
-    kernel: str, dtype: Any, dim: int, keys: int, arch: int = 90, general: bool = False
+    kernel: str, dtype: Any, dim: int, keys: int, arch: int = 90, general: bool = False, prepared: bool = False
 ) -> AttentionSettings:
     """Settings of ``kernel`` for a dtype, head dim and number of keys: the measured ones, or those of the rule below.
 
     kernel   "fwd"; "bwd", which is the short form or the one of dK and dV; "bwd_dq", which goes with the latter
     arch     from sm_90 operands may lie in shared memory; before, they take registers and tiles must be smaller
     general  with masks, dropout or ragged batches: streams at every length
+    prepared with norms or rotations as well
     """
     hopper = arch >= 90
+    if prepared:
+        return _prepared_settings(kernel, dtype, dim, arch)
     if general:
         return _general_settings(kernel, dtype, dim, arch)
     for fewest, most, settings in ATTENTION_MEASURED.get((arch, kernel, str(dtype).removeprefix("torch."), dim), ()):
@@ -122,6 +125,50 @@ def _general_settings(kernel: str, dtype: Any, dim: int, arch: int) -> Attention
     return AttentionSettings(power_of_two_parts(dim, 32, 1), 32, 32)
 
 
+def _prepared_settings(kernel: str, dtype: Any, dim: int, arch: int) -> AttentionSettings:
+    """A row on its way through a norm and a rotation fills float32 registers five times over: fewer rows a warp."""
+    hopper, wide = arch >= 90, dim > 64
+    if dtype.itemsize == 4:
+        cols = _fp32_cols(dim)
+        if kernel == "fwd":
+            return AttentionSettings(cols, 32, 32, num_warps=8, max_registers=255)
+        if kernel == "bwd_dq":
+            return AttentionSettings(cols, 32, 16, num_warps=8, num_stages=1, max_registers=255)
+        return AttentionSettings(cols, 16, 16, num_stages=1, max_registers=255)
+    cols = _half_cols(dim)
+    if kernel == "fwd":
+        return AttentionSettings(cols, 64 if wide else 128, 32, num_warps=8, max_registers=255)
+    if kernel == "bwd_dq":
+        rows = 64 if not wide or (hopper and dim <= 104) else 32
+        return AttentionSettings(cols, rows, 16 if wide else 32, num_warps=8, max_registers=255)
+    if not hopper:
+        return AttentionSettings(power_of_two_parts(dim, 32, 1), 16, 32, num_warps=8, max_registers=255)
+    return AttentionSettings(cols, 16 if wide else 32, 64, num_warps=8, max_registers=255)
+
+
+@dataclass(frozen=True)
+class FewSettings:
+    """Keys a step of a kernel for as many as ``queries`` queries."""
+
+    cols: tuple[int, ...]
+    queries: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def constexprs(self) -> dict[str, Any]:
+        return {"COLS": self.cols, "QUERIES": self.queries, "BLOCK_N": self.block_n}
+
+
+def few_settings(kernel: str, dtype: Any, dim: int, queries: int) -> FewSettings:
+    """Blocks of at most 8 k values of K: all loads of a step are in flight at once, and the rest fits the registers."""
+    cols = _half_cols(dim)
+    values = 8192 if kernel == "fwd" and dtype.itemsize == 2 and queries <= 2 else 4096
+    many = kernel == "bwd" and queries > 2
+    block_n = max(16, min(128, (2048 if many else values) // (1 << (sum(cols) - 1).bit_length())))
+    return FewSettings(cols, 1 << (queries - 1).bit_length(), block_n, num_warps=8 if many else 4)
+
+
 def _fp32_cols(dim: int) -> tuple[int, ...]:
     """IEEE products run on the plain FMA units, whose operands pass through registers."""
     return tuple(32 if dim - start > 16 else 16 for start in range(0, dim, 32))
@@ -129,6 +176,11 @@ def _fp32_cols(dim: int) -> tuple[int, ...]:
 
 def _half_cols(dim: int) -> tuple[int, ...]:
     return power_of_two_parts(dim, 16, 2) if dim > 64 else power_of_two_parts(dim, 32, 1)
+
+
+def pair_cols(dtype: Any, dim: int) -> tuple[int, ...]:
+    """Half of the head dim in powers of two, for heads that are held in pairs of parts: 80 is (32 + 16) twice."""
+    return _fp32_cols(dim // 2) if dtype.itemsize == 4 else power_of_two_parts(dim // 2, 16, 2)
 
 
 def power_of_two_parts(size: int, unit: int, count: int) -> tuple[int, ...]:

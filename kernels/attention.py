@@ -112,9 +112,13 @@ def _check(q: Tensor, scale: float) -> None:
         raise ValueError(f"attention: q has head dim {q.shape[-1]}, expected a multiple of 8 from 32 to 128")
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The kernels read each row of D values as one run of memory."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _rows(tensor: Tensor, longest: int | None = None) -> Tensor:
+    """What the kernels can read in place: rows of D values side by side, those of a head within 2^31 values.
+
+    longest   rows of a head that are read together, all of them by default
+    """
+    reach = (tensor.shape[2] if longest is None else longest) * tensor.stride(2)
+    return tensor if tensor.stride(-1) == 1 and reach < 2**31 else tensor.contiguous()
 
 
 def _launch(

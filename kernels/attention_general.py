@@ -1,9 +1,11 @@
-"""Multi-head attention with options, forward and backward: masks, causal order, dropout, batches of ragged lengths.
+"""Multi-head attention with options, forward and backward: masks, causal order, dropout, batches of ragged lengths,
+normalised and rotated q and k.
 
 One streaming form for every length and dtype; each option is a switch at compile time, so what is not asked for costs
 nothing, and plain calls keep the kernels of ``attention``. A mask is read by its strides: a broadcast axis has stride
 0 and takes no memory. Dropout keeps a weight by a counter, not by a stored mask: Philox of the seed and of the
-weight's (batch, head, query, key), so the backward draws the same one again.
+weight's (batch, head, query, key), so the backward draws the same one again. q and k are normalised and rotated each
+time they are loaded (see _qk): only the raw ones and their gradients ever lie in memory.
 
 Meaning: fastvit.reference.attention. Source of the generator: "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon et
 al., 2011).
@@ -11,7 +13,7 @@ al., 2011).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -20,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._configs import AotCase, AttentionSettings, Limits, attention_settings
+from ._configs import AotCase, AttentionSettings, Limits, attention_settings, pair_cols
 from ._launch import Launch, limits, unit_strides
+from ._qk import Preparation, load_prepared, raw_gradient, store_heads, widths
 from ._tiles import inner, load, outer, row_sum, scaled, store, zeros
 from .attention import _check, _head, _rows
 
@@ -30,6 +33,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _RUNTIME = ["scale", "threshold", "keep_scale", "H", "Nq", "Nk", "tiles", "stride_sb", "stride_sh"]
 _RUNTIME += [f"stride_{tensor}{axis}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv") for axis in "bhn"]
 _RUNTIME += [f"stride_m{axis}" for axis in "bhmn"]
+_RUNTIME += ["stride_rb", "stride_rh", "q_eps", "k_eps", "num_prefix"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Options:
     dropout_seed  int64, one value; given with dropout_p > 0
     cu_seqlens    (S + 1,) int32 or int64: sample s has the rows from cu_seqlens[s] to cu_seqlens[s + 1] of tensors
                   (1, H, T, D), at most max_seqlen of them
+    preparation   of q and k; with cu_seqlens the table has a row for each of the T rows
     """
 
     scale: float
@@ -49,6 +54,11 @@ class Options:
     dropout_seed: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    preparation: Preparation = Preparation()  # noqa: RUF009 - frozen
+
+    @property
+    def longest(self) -> int | None:
+        return None if self.cu_seqlens is None else self.max_seqlen
 
 
 def attention_general_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +70,7 @@ def attention_general_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> 
     top, log   (B, H, Nq)     float32; two numbers, as their sum would lose log beside a mask of -1e30
     """
     _check(q, options.scale)
-    q, k, v = (_rows(t) for t in (q, k, v))
+    q, k, v = (_rows(t, options.longest) for t in (q, k, v))
     batch, heads, nq, dim = q.shape
     out = q.new_empty(batch, nq, heads, dim).transpose(1, 2)
     top, log = (q.new_empty(batch, heads, nq, dtype=torch.float32) for _ in range(2))
@@ -81,13 +91,19 @@ def attention_general_bwd(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-) -> None:
-    """Write the gradients of ``attention_general_fwd`` into dq, dk and dv, without atomics."""
+) -> tuple[Tensor, Tensor]:
+    """Write the gradients of ``attention_general_fwd`` into dq, dk and dv, without atomics.
+
+    Returns those of weight and bias (2, D) float32 of q's norm and of k's; zeros without a norm.
+    """
     _check(q, options.scale)
-    dout, q, k, v, out = (_rows(t) for t in (dout, q, k, v, out))
-    if q.numel():
-        for launch in _bwd_launches(dout, q, k, v, out, top, log, options, dq, dk, dv, limits(q.device)):
-            launch.run()
+    dout, q, k, v, out = (_rows(t, options.longest) for t in (dout, q, k, v, out))
+    if q.numel() == 0:
+        return q.new_zeros(2, q.shape[3], dtype=torch.float32), q.new_zeros(2, q.shape[3], dtype=torch.float32)
+    launches, sums = _bwd_launches(dout, q, k, v, out, top, log, options, dq, dk, dv, limits(q.device))
+    for launch in launches:
+        launch.run()
+    return sums[0].sum(0), sums[1].sum(0)
 
 
 def aot_cases(arch: int = 90) -> list[AotCase]:
@@ -106,18 +122,50 @@ def aot_cases(arch: int = 90) -> list[AotCase]:
     wanted = [(64, options) for options in alone.items()]
     wanted += [(dim, ("all", together)) for dim in (32, 64, 80, 96, 104, 128)]
     cases: dict[Any, AotCase] = {}
-    for (dim, (label, options)), dtype in product(wanted, (torch.bfloat16, torch.float16, torch.float32)):
+    every = list(product(wanted, (torch.bfloat16, torch.float16, torch.float32)))
+    prepared = (
+        [(64, "half"), (64, "interleaved"), (80, "half"), (128, "half"), (72, "rms")] if arch == 90 else [(64, "half")]
+    )
+    for dim, label in prepared:
+        every.append(((dim, (label, replace(together, preparation=_aot_preparation(dim, label)))), torch.bfloat16))
+    if arch == 90:
+        every.append(((64, ("half", every[-5][0][1][1])), torch.float32))
+    for (dim, (label, options)), dtype in every:
         batch = 1 if label == "varlen" else 2
         q = torch.empty(batch, 197, 3, 12, dim, dtype=dtype, **meta).permute(2, 0, 3, 1, 4)[0]
         out = torch.empty(batch, 197, 12, dim, dtype=dtype, **meta).transpose(1, 2)
         top = torch.empty(batch, 12, 197, **meta)
         device = Limits.of_arch(arch)
         launches = [_fwd_launch(q, q, q, out, top, top, options, device)]
-        launches += _bwd_launches(out, q, q, q, out, top, top, options, q, q, q, device)
+        launches += _bwd_launches(out, q, q, q, out, top, top, options, q, q, q, device)[0]
         for launch in launches:
             name = f"{launch.kernel.fn.__name__.strip('_')}_{str(dtype).removeprefix('torch.')}_d{dim}_{label}"
             cases[name] = launch.aot_case(name)
     return list(cases.values())
+
+
+def _aot_preparation(dim: int, label: str) -> Preparation:
+    """A norm, and a rotation where ``label`` names its layout."""
+    weight = torch.empty(dim, device="meta")
+    table = torch.empty(196, 2 * dim, device="meta") if label in ("half", "interleaved") else None
+    biases = {} if label == "rms" else {"q_bias": weight, "k_bias": weight}
+    norm = "rms" if label == "rms" else "layer"
+    return Preparation(weight, k_weight=weight, norm=norm, rope=table, num_prefix=1, half=label == "half", **biases)
+
+
+def _programs(settings: AttentionSettings, options: Options, shape: tuple[int, ...], by_keys: bool) -> tuple[int, int]:
+    """(samples, blocks of each): one program takes a block of a head's queries or, ``by_keys``, of its keys."""
+    batch, longest = shape[0], shape[3] if by_keys else shape[2]
+    if options.cu_seqlens is not None:
+        batch, longest = options.cu_seqlens.numel() - 1, options.max_seqlen
+    return batch, triton.cdiv(longest, settings.block_n if by_keys else settings.block_m)
+
+
+def _sums(settings: AttentionSettings, options: Options, shape: tuple[int, ...], like: Tensor, by_keys: bool) -> Tensor:
+    """What each program adds to the gradients of a norm's weight and bias; the second stage adds them up in order."""
+    batch, tiles = _programs(settings, options, shape, by_keys)
+    programs = batch * shape[1] * tiles if options.preparation.norm else 1
+    return like.new_zeros(programs, 2, like.shape[3], dtype=torch.float32)
 
 
 def _launch(
@@ -129,24 +177,25 @@ def _launch(
     shape: tuple[int, int, int, int],
     by_keys: bool = False,
 ) -> Launch:
-    """``shape`` is (B, H, Nq, Nk); one program takes a block of a sample's queries or, ``by_keys``, of its keys."""
-    batch, heads, nq, nk = shape
+    """``shape`` is (B, H, Nq, Nk)."""
+    _, heads, nq, nk = shape
+    batch, tiles = _programs(settings, options, shape, by_keys)
     stat_strides = list(statistics[0].stride()[:2])
-    longest = nk if by_keys else nq
     if options.cu_seqlens is not None:  # the samples lie one after another: none has a stride of its own
-        batch, longest, stat_strides[0] = options.cu_seqlens.numel() - 1, options.max_seqlen, 0
+        stat_strides[0] = 0
         rows = tuple(t.expand(batch, -1, -1, -1) for t in rows)
     unit, strides = unit_strides(rows)
     mask, mask_strides = _mask(options.attn_mask, shape)
-    tiles = triton.cdiv(longest, settings.block_n if by_keys else settings.block_m)
-    threshold = round(options.dropout_p * 2**24)
+    preparation, dim = options.preparation, rows[0].shape[-1]
     arguments = (
         *rows, *statistics, mask, options.dropout_seed if options.dropout_p else None, options.cu_seqlens,
-        *strides, *stat_strides, *mask_strides,
-        options.scale, threshold, 1.0 / (1.0 - options.dropout_p), heads, nq, nk, tiles,
+        *preparation.arguments(batch, heads), *strides, *stat_strides, *mask_strides,
+        options.scale, round(options.dropout_p * 2**24), 1.0 / (1.0 - options.dropout_p), heads, nq, nk, tiles,
     )  # fmt: skip
-    constexprs = {"D": rows[0].shape[-1], "UNIT": unit, "CAUSAL": options.is_causal}
+    constexprs = {"D": dim, "UNIT": unit, "CAUSAL": options.is_causal}
     constexprs["ONE_ROW"] = mask_strides[2] == 0  # one row of the mask, e.g. the padding of keys, serves every query
+    constexprs |= {"NORM": preparation.norm, "PAIRS": preparation.pairs}
+    constexprs["QK_COLS"] = pair_cols(rows[0].dtype, dim) if preparation.pairs else settings.cols
     return Launch.of(kernel, (tiles * batch * heads,), arguments, constexprs, settings)
 
 
@@ -161,29 +210,35 @@ def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, t
     return mask, mask.expand(shape).stride()
 
 
+def _settings(kernel: str, q: Tensor, keys: int, options: Options, device: Limits) -> AttentionSettings:
+    prepared = bool(options.preparation.norm or options.preparation.pairs)
+    return attention_settings(kernel, q.dtype, q.shape[3], keys, device.arch, general=True, prepared=prepared)
+
+
 def _fwd_launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, top: Tensor, log: Tensor, options: Options, device: Limits
 ) -> Launch:
     shape = (*q.shape[:3], k.shape[2])
-    settings = attention_settings("fwd", q.dtype, q.shape[3], shape[3], device.arch, general=True)
+    settings = _settings("fwd", q, shape[3], options, device)
     return _launch(_general_fwd_kernel, settings, (q, k, v, out), (top, log), options, shape)
 
 
 def _bwd_launches(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, top: Tensor, log: Tensor, options: Options, dq: Tensor,
     dk: Tensor, dv: Tensor, device: Limits,
-) -> list[Launch]:  # fmt: skip
+) -> tuple[list[Launch], list[Tensor]]:  # fmt: skip
+    """The launches, and what they leave of the gradients of the norms: (programs, 2, D) float32 of q's and of k's."""
     shape = (*q.shape[:3], k.shape[2])
-    dq_settings, dkv_settings = (
-        attention_settings(kernel, q.dtype, q.shape[3], shape[3], device.arch, general=True)
-        for kernel in ("bwd_dq", "bwd")
-    )
+    dq_settings, dkv_settings = (_settings(kernel, q, shape[3], options, device) for kernel in ("bwd_dq", "bwd"))
     delta = torch.empty_like(top)  # dQ leaves sum(dout * out) for dK and dV
+    dq_sums = _sums(dq_settings, options, shape, q, False)
+    dk_sums = _sums(dkv_settings, options, shape, q, True)
     statistics = (top, log, delta)
     return [
-        _launch(_general_bwd_dq_kernel, dq_settings, (q, k, v, out, dout, dq), statistics, options, shape),
-        _launch(_general_bwd_dkv_kernel, dkv_settings, (q, k, v, dout, dk, dv), statistics, options, shape, True),
-    ]
+        _launch(_general_bwd_dq_kernel, dq_settings, (q, k, v, out, dout, dq), (*statistics, dq_sums), options, shape),
+        _launch(_general_bwd_dkv_kernel, dkv_settings, (q, k, v, dout, dk, dv), (*statistics, dk_sums), options, shape,
+                True),
+    ], [dq_sums, dk_sums]  # fmt: skip
 
 
 @triton.jit
@@ -236,11 +291,13 @@ def _kept(seed_ptr, threshold, bh, offs_m, offs_n):
 @triton.jit(do_not_specialize=_RUNTIME)
 def _general_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, top_ptr, log_ptr, mask_ptr, seed_ptr, cu_ptr,
+    qw_ptr, qb_ptr, kw_ptr, kb_ptr, rope_ptr, stride_rb, stride_rh, q_eps, k_eps, num_prefix,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     stride_sb, stride_sh, stride_mb, stride_mh, stride_mm, stride_mn,
     scale, threshold, keep_scale, H, Nq, Nk, tiles,
     D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, ONE_ROW: tl.constexpr,
+    NORM: tl.constexpr, PAIRS: tl.constexpr, QK_COLS: tl.constexpr,
     COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries against all keys, block by block, with a running row maximum."""
@@ -257,7 +314,11 @@ def _general_fwd_kernel(
     statistics = b * stride_sb + h * stride_sh + begin + offs_m
     if mask_ptr is not None:
         mask_ptr += b * stride_mb + h * stride_mh
-    q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+    if rope_ptr is not None:
+        rope_ptr += (b * stride_rb + h * stride_rh + begin) * (2 * D)
+    q = load_prepared(
+        q_ptr, offs_m, stride_qn, Nq, qw_ptr, qb_ptr, q_eps, rope_ptr, num_prefix, D, UNIT, QK_COLS, PAIRS, NORM
+    )
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = zeros(BLOCK_M, COLS)
@@ -266,7 +327,9 @@ def _general_fwd_kernel(
         end = tl.minimum(Nk, (pid_m + 1) * BLOCK_M)
     for start_n in range(0, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+        k = load_prepared(
+            k_ptr, offs_n, stride_kn, Nk, kw_ptr, kb_ptr, k_eps, rope_ptr, num_prefix, D, UNIT, QK_COLS, PAIRS, NORM
+        )
         v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
         m, n = offs_m[:, None], offs_n[None, :]
         scores = _scores(inner(q, k), scale, mask_ptr, stride_mm, stride_mn, m, n, Nq, Nk, CAUSAL, ONE_ROW)
@@ -291,12 +354,14 @@ def _general_fwd_kernel(
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _general_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, dq_ptr, top_ptr, log_ptr, delta_ptr, mask_ptr, seed_ptr, cu_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, dq_ptr, top_ptr, log_ptr, delta_ptr, sums_ptr, mask_ptr, seed_ptr, cu_ptr,
+    qw_ptr, qb_ptr, kw_ptr, kb_ptr, rope_ptr, stride_rb, stride_rh, q_eps, k_eps, num_prefix,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_dob, stride_doh, stride_don, stride_dqb, stride_dqh, stride_dqn,
     stride_sb, stride_sh, stride_mb, stride_mh, stride_mm, stride_mn,
     scale, threshold, keep_scale, H, Nq, Nk, tiles,
     D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, ONE_ROW: tl.constexpr,
+    NORM: tl.constexpr, PAIRS: tl.constexpr, QK_COLS: tl.constexpr,
     COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries: delta = sum(dout * out), then dQ = scale * dS K with dS = P * (dP - delta)."""
@@ -315,19 +380,25 @@ def _general_bwd_dq_kernel(
     statistics = b * stride_sb + h * stride_sh + begin + offs_m
     if mask_ptr is not None:
         mask_ptr += b * stride_mb + h * stride_mh
+    if rope_ptr is not None:
+        rope_ptr += (b * stride_rb + h * stride_rh + begin) * (2 * D)
     dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
     delta = row_sum(load(out_ptr, offs_m, stride_on, Nq, D, UNIT, COLS), dout)
     tl.store(delta_ptr + statistics, delta, mask=offs_m < Nq)
-    q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+    q = load_prepared(
+        q_ptr, offs_m, stride_qn, Nq, qw_ptr, qb_ptr, q_eps, rope_ptr, num_prefix, D, UNIT, QK_COLS, PAIRS, NORM
+    )
     top = tl.load(top_ptr + statistics, mask=offs_m < Nq, other=0.0)
     log = tl.load(log_ptr + statistics, mask=offs_m < Nq, other=0.0)
-    dq = zeros(BLOCK_M, COLS)
+    dq = zeros(BLOCK_M, widths(QK_COLS, PAIRS))
     end = Nk
     if CAUSAL:
         end = tl.minimum(Nk, (pid_m + 1) * BLOCK_M)
     for start_n in range(0, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+        k = load_prepared(
+            k_ptr, offs_n, stride_kn, Nk, kw_ptr, kb_ptr, k_eps, rope_ptr, num_prefix, D, UNIT, QK_COLS, PAIRS, NORM
+        )
         v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
         m, n = offs_m[:, None], offs_n[None, :]
         scores = _scores(inner(q, k), scale, mask_ptr, stride_mm, stride_mn, m, n, Nq, Nk, CAUSAL, ONE_ROW)
@@ -337,17 +408,24 @@ def _general_bwd_dq_kernel(
             kept = _kept(seed_ptr, threshold, b * H + h, m, n)
             dp = tl.where(kept, dp * keep_scale, 0.0)
         dq = outer(p * (dp - delta[:, None]), k, dq)
-    store(dq_ptr, offs_m, stride_dqn, Nq, scaled(dq, scale), D, UNIT, COLS)
+    sums_ptr += tl.program_id(0).to(tl.int64) * (2 * D)
+    dq = raw_gradient(
+        scaled(dq, scale), q_ptr, offs_m, stride_qn, Nq, qw_ptr, q_eps, rope_ptr, num_prefix, sums_ptr,
+        D, UNIT, QK_COLS, PAIRS, NORM,
+    )  # fmt: skip
+    store_heads(dq_ptr, offs_m, stride_dqn, Nq, dq, D, UNIT, QK_COLS, PAIRS)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def _general_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, top_ptr, log_ptr, delta_ptr, mask_ptr, seed_ptr, cu_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, top_ptr, log_ptr, delta_ptr, sums_ptr, mask_ptr, seed_ptr, cu_ptr,
+    qw_ptr, qb_ptr, kw_ptr, kb_ptr, rope_ptr, stride_rb, stride_rh, q_eps, k_eps, num_prefix,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_dob, stride_doh, stride_don, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     stride_sb, stride_sh, stride_mb, stride_mh, stride_mm, stride_mn,
     scale, threshold, keep_scale, H, Nq, Nk, tiles,
     D: tl.constexpr, UNIT: tl.constexpr, CAUSAL: tl.constexpr, ONE_ROW: tl.constexpr,
+    NORM: tl.constexpr, PAIRS: tl.constexpr, QK_COLS: tl.constexpr,
     COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: dV = P^T dout, dK = scale * dS^T Q. Scores are (keys, queries): P^T needs no turning."""
@@ -366,16 +444,22 @@ def _general_bwd_dkv_kernel(
     statistics = b * stride_sb + h * stride_sh + begin
     if mask_ptr is not None:
         mask_ptr += b * stride_mb + h * stride_mh
-    k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+    if rope_ptr is not None:
+        rope_ptr += (b * stride_rb + h * stride_rh + begin) * (2 * D)
+    k = load_prepared(
+        k_ptr, offs_n, stride_kn, Nk, kw_ptr, kb_ptr, k_eps, rope_ptr, num_prefix, D, UNIT, QK_COLS, PAIRS, NORM
+    )
     v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
-    dk = zeros(BLOCK_N, COLS)
+    dk = zeros(BLOCK_N, widths(QK_COLS, PAIRS))
     dv = zeros(BLOCK_N, COLS)
     first = 0
     if CAUSAL:  # earlier queries take no part
         first = pid_n * BLOCK_N // BLOCK_M * BLOCK_M
     for start_m in range(first, Nq, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+        q = load_prepared(
+            q_ptr, offs_m, stride_qn, Nq, qw_ptr, qb_ptr, q_eps, rope_ptr, num_prefix, D, UNIT, QK_COLS, PAIRS, NORM
+        )
         dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
         # a padded query has top = inf, hence p = 0
         top = tl.load(top_ptr + statistics + offs_m, mask=offs_m < Nq, other=float("inf"))
@@ -392,7 +476,13 @@ def _general_bwd_dkv_kernel(
         else:
             dv = outer(p, dout, dv)
         dk = outer(p * (dp - delta[None, :]), q, dk)
-    store(dk_ptr, offs_n, stride_dkn, Nk, scaled(dk, scale), D, UNIT, COLS)
     if seed_ptr is not None:
         dv = scaled(dv, keep_scale)
     store(dv_ptr, offs_n, stride_dvn, Nk, dv, D, UNIT, COLS)
+    # dK last: its way back through rotation and norm wants the registers of dV
+    sums_ptr += tl.program_id(0).to(tl.int64) * (2 * D)
+    dk = raw_gradient(
+        scaled(dk, scale), k_ptr, offs_n, stride_kn, Nk, kw_ptr, k_eps, rope_ptr, num_prefix, sums_ptr,
+        D, UNIT, QK_COLS, PAIRS, NORM,
+    )  # fmt: skip
+    store_heads(dk_ptr, offs_n, stride_dkn, Nk, dk, D, UNIT, QK_COLS, PAIRS)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from fastvit import ops, reference
 from fastvit.dispatch import Unsupported, use_backend
+from fastvit.ops import _heads
 from fastvit.testing import assert_as_accurate, cast_inputs, run_with_gradients, sliced
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -198,7 +199,7 @@ def test_packed_dropout_is_an_op_like_any_other():
     qkv = torch.randn(2, 9, 3 * 32, device=DEVICE, requires_grad=True)
     seed = torch.tensor([5], device=DEVICE)
     overload = torch.ops.fastvit.attention_general_packed_fwd.default
-    torch.library.opcheck(overload, (qkv, 1, 0.2, seed, 0.125, "triton"))
+    torch.library.opcheck(overload, (qkv, *_heads.Flat(), 1, 0.2, seed, 0.125, "triton"))
 
     def second(qkv):
         torch.manual_seed(0)
@@ -270,7 +271,7 @@ def test_opcheck():
     mask = torch.rand(2, 1, 1, 7, device=DEVICE) > 0.2
     overload = torch.ops.fastvit.attention_general_fwd.default
     seed = torch.tensor([5], device=DEVICE)
-    torch.library.opcheck(overload, (*inputs.values(), mask, True, 0.2, seed, 0.125, "triton"))
+    torch.library.opcheck(overload, (*inputs.values(), *_heads.Flat(), mask, True, 0.2, seed, 0.125, "triton"))
 
 
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"dropout_p": 0.3}, {"attn_mask": None}], ids=str)
@@ -375,7 +376,9 @@ def test_opcheck_of_ragged_batches():
     inputs, where = ragged([5, 3], 2, 32, FP32)
     seed = torch.tensor([5], device=DEVICE)
     overload = torch.ops.fastvit.attention_varlen_fwd.default
-    torch.library.opcheck(overload, (*inputs.values(), *where.values(), True, 0.2, seed, 0.125, "triton"))
+    torch.library.opcheck(
+        overload, (*inputs.values(), *_heads.Flat(), *where.values(), True, 0.2, seed, 0.125, "triton")
+    )
 
 
 def test_index_arithmetic_past_two_to_the_31():

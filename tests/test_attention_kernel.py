@@ -262,6 +262,15 @@ def test_index_arithmetic_past_two_to_the_31(tokens, dtype):
     assert_parity(*far_apart(tokens, 64, dtype), grads=far_apart(tokens, 64, dtype))
 
 
+def test_rows_of_a_head_further_apart_than_32_bits_count():
+    """Tokens first, as (N, B, H, D) with a large B: an offset of 32 bits would wrap around."""
+    gap, tokens = 2**26 + 8, 40
+    buffer = torch.empty(gap * tokens, dtype=BF16, device=DEVICE)
+    far = buffer.as_strided((tokens, 3, 1, 32), (gap, 32, 32, 1)).copy_(torch.randn(tokens, 3, 1, 32))
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in far.unbind(1))
+    assert_parity(q, k, v, grads=nan_like(*(tensor.contiguous() for tensor in (q, k, v))))
+
+
 def test_refusals():
     q, k, v = packed(1, 4, 1, 32, FP32)
     with pytest.raises(ValueError, match=r"scale is -1.0, expected a number > 0"):

@@ -74,12 +74,23 @@ def test_explain_keeps_quiet():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_norms_of_q_and_k_belong_to_the_attention():
+    model = accelerate(build(qk_norm=True, global_pool="avg"))
+    (row,) = [row for row in explain(model).rows if row.module == "blocks.0" and row.part == "attention_packed"]
+    assert row.fused
+    assert row.note == "with attn.q_norm and attn.k_norm"
+    with dispatch.recording() as calls:
+        model.blocks[0](torch.randn(1, 3, 64))
+    assert [op for op, _ in calls] == ["layernorm_linear", "attention_packed", "linear_residual", "layernorm_mlp"]
+
+
 def test_explain_names_what_runs_instead(timm):
     model = accelerate(build(qk_norm=True, mlp_layer=timm.layers.SwiGLUPacked, global_pool="avg"))
+    model.blocks[0].attn.k_norm = nn.Softmax(dim=-1)
     rows = {row.part: row for row in explain(model).rows if row.module == "blocks.0"}
     assert list(rows) == ["layernorm_linear", "attention", "linear_residual", "layernorm_mlp"]
     assert rows["attention"].fused
-    assert rows["attention"].note.startswith("attn.q_norm is a LayerNorm")
+    assert rows["attention"].note.startswith("attn.k_norm is a Softmax")
     assert rows["layernorm_mlp"].backend == "parts"
     with dispatch.recording() as calls:
         model.blocks[0](torch.randn(1, 3, 64))

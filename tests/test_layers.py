@@ -242,9 +242,10 @@ def test_changed_linear_layer_counts(timm, name, change):
 
 def test_reasons_name_module_and_rule(timm):
     block = timm_block(timm, qk_norm=True, scale_attn_norm=True, proj_drop=0.1).train()
+    block.attn.k_norm = nn.Softmax(dim=-1)
     reasons = "; ".join(fused.why_not_fused(block))
     for words in (
-        "attn.q_norm is a LayerNorm",
+        "attn.k_norm is a Softmax",
         "attn.norm is a LayerNorm",
         "attn.proj_drop is active (p=0.1)",
         "mlp.drop1",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _extension
 from ..dispatch import OPS, Unsupported, use_backend
-from ..fused import activation_name, why_not_fused, why_not_skip
+from ..fused import activation_name, head_norms, why_not_fused, why_not_skip
 from . import _vit, find_adapter
 from ._override import overridden
 
@@ -137,6 +137,8 @@ def _attention_row(name: str, block: Any, reasons: list[str]) -> Row:
     around = [reason for reason in reasons if _subject(reason).startswith(_MODULES["attention_packed"])]
     before = any(not _subject(reason).startswith("attn.norm") for reason in around)
     other = [reason for reason in reasons if reason not in around]
+    if not before and not other and head_norms(block.attn):
+        around.append("with attn.q_norm and attn.k_norm")
     return _row(name, "attention" if before else "attention_packed", other, block, note="; ".join(around))
 
 
@@ -192,7 +194,8 @@ def _norm_linear_arguments(block: Any) -> tuple:
 def _packed_arguments(block: Any) -> tuple:
     attn = block.attn
     like = next(block.parameters())  # qkv may be anything that gives packed tokens
-    return _tokens(like, 3 * attn.num_heads * attn.head_dim), attn.num_heads, _dropout_p(attn), attn.scale
+    qkv, norms = _tokens(like, 3 * attn.num_heads * attn.head_dim), head_norms(attn)
+    return qkv, attn.num_heads, _dropout_p(attn), attn.scale, norms.get("q_norm"), norms.get("k_norm")
 
 
 def _attention_arguments(block: Any) -> tuple:

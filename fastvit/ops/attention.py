@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch import Backend, Op
-from . import _attention_general, _contract, _register
+from ..reference import HeadNorm, Rope
+from . import _attention_general, _contract, _heads, _register
 
 NAME, PACKED = "attention", "attention_packed"
 HEAD_DIMS = range(32, 129, 8)
@@ -25,6 +27,9 @@ def attention(
     is_causal: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
+    rope: Rope | None = None,
 ) -> Tensor:
     """``softmax(q k^T * scale + mask) v``, the meaning of F.scaled_dot_product_attention.
 
@@ -35,6 +40,8 @@ def attention(
     is_causal  query m attends to keys 0 to m
     dropout_p  probability of dropping a weight; leave at 0 outside training. Seeded by PyTorch's generator
     scale      default D ** -0.5
+    q_norm     LayerNorm or RMSNorm of q over D, and k_norm of k: applied as the kernel loads them, in float32
+    rope       rotates q and k, once normalised, by their positions; its table takes no gradient in the kernel
     returns    (B, H, Nq, D)  dtype of q, stored as (B, Nq, H, D); softmax and sums in float32. A query whose every
                key is masked gets zeros
 
@@ -42,11 +49,22 @@ def attention(
     Meaning: fastvit.reference.attention.
     """
     _check(q, k, v, attn_mask, dropout_p)
+    _heads.check(NAME, q, (q.shape[2], k.shape[2]), q_norm, k_norm, rope)
     q, k, v = _contract.cast(_contract.autocast_dtype(q), q, k, v)  # type: ignore[assignment]
-    return ATTENTION(q, k, v, attn_mask, is_causal, dropout_p, q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return ATTENTION(q, k, v, attn_mask, is_causal, dropout_p, scale, q_norm, k_norm, rope)
 
 
-def attention_packed(qkv: Tensor, num_heads: int, *, dropout_p: float = 0.0, scale: float | None = None) -> Tensor:
+def attention_packed(
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
+    rope: Rope | None = None,
+) -> Tensor:
     """Self-attention read in place from a packed projection; its gradient is written packed too.
 
     qkv      (B, N, 3 * H * D)  ordered q, k, v, then head, then head dim
@@ -55,9 +73,13 @@ def attention_packed(qkv: Tensor, num_heads: int, *, dropout_p: float = 0.0, sca
     Otherwise as ``attention``. Meaning: fastvit.reference.attention_packed.
     """
     _check_packed(qkv, num_heads, dropout_p)
+    if q_norm is not None or k_norm is not None or rope is not None:
+        q, k, _ = reference.unpack_qkv(qkv, num_heads)
+        _heads.check(PACKED, q, (q.shape[2], k.shape[2]), q_norm, k_norm, rope)
     (qkv,) = _contract.cast(_contract.autocast_dtype(qkv), qkv)  # type: ignore[assignment]
     head_dim = qkv.shape[-1] // (3 * num_heads)
-    return ATTENTION_PACKED(qkv, num_heads, dropout_p, head_dim**-0.5 if scale is None else scale)
+    scale = head_dim**-0.5 if scale is None else scale
+    return ATTENTION_PACKED(qkv, num_heads, dropout_p, scale, q_norm, k_norm, rope)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> None:
@@ -110,9 +132,7 @@ def _check_packed(qkv: Tensor, num_heads: int, dropout_p: float) -> None:
 def _launch_fwd(backend, q, k, v, attn_mask, is_causal, scale):
     if backend == "cpp":
         return _contract.compiled(backend).attention_fwd(q, k, v, attn_mask, is_causal, scale)
-    from ..kernels import attention as kernels  # type: ignore[attr-defined]
-
-    return kernels.attention_fwd(q, k, v, scale)
+    return _kernels(q)[0](q, k, v, scale)
 
 
 def _launch_bwd(backend, dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv) -> None:
@@ -120,9 +140,16 @@ def _launch_bwd(backend, dout, q, k, v, attn_mask, is_causal, out, lse, scale, d
         cpp = _contract.compiled(backend)
         cpp.attention_bwd(dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv)
         return
-    from ..kernels import attention as kernels  # type: ignore[attr-defined]
+    _kernels(q)[1](dout, q, k, v, out, lse, scale, dq, dk, dv)
 
-    kernels.attention_bwd(dout, q, k, v, out, lse, scale, dq, dk, dv)
+
+def _kernels(q: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Triton's forward and backward for this number of queries."""
+    from ..kernels import attention, attention_few  # type: ignore[attr-defined]
+
+    if q.shape[2] <= attention_few.MOST_QUERIES:
+        return attention_few.attention_few_fwd, attention_few.attention_few_bwd
+    return attention.attention_fwd, attention.attention_bwd
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
@@ -165,7 +192,7 @@ def _bwd_fake(dout, q, k, v, attn_mask, is_causal, out, lse, scale, backend):
     return _tokens_first(q), _tokens_first(k), _tokens_first(v)
 
 
-def _heads(tokens: Tensor, num_heads: int) -> Tensor:
+def _as_heads(tokens: Tensor, num_heads: int) -> Tensor:
     """(B, N, H * D) seen as (B, H, N, D)."""
     return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
@@ -187,7 +214,7 @@ def _packed_bwd(dout, qkv, out, lse, num_heads, scale, backend):
         return dqkv
     q, k, v = reference.unpack_qkv(_rows_contiguous(qkv), num_heads)
     dq, dk, dv = reference.unpack_qkv(dqkv, num_heads)
-    dout, out = _heads(_rows_contiguous(dout), num_heads), _heads(out, num_heads)
+    dout, out = _as_heads(_rows_contiguous(dout), num_heads), _as_heads(out, num_heads)
     _launch_bwd(backend, dout, q, k, v, None, False, out, lse, scale, dq, dk, dv)
     return dqkv
 
@@ -265,7 +292,7 @@ _register.register_double_backward(
 )
 
 
-def _why_not_triton(q, k, v, attn_mask, is_causal, dropout_p, scale):
+def _why_not_triton(q, k, v, attn_mask, is_causal, dropout_p, scale, q_norm=None, k_norm=None, rope=None):
     reasons = _contract.why_not_triton("q", q)
     if q.shape[-1] not in HEAD_DIMS:
         reasons.append(f"the head dim is {q.shape[-1]}, triton takes 32 to 128 in steps of 8")
@@ -273,27 +300,27 @@ def _why_not_triton(q, k, v, attn_mask, is_causal, dropout_p, scale):
         reasons.append("attn_mask requires a gradient, triton gives none")
     if not scale > 0:
         reasons.append(f"scale is {scale}, triton takes one above 0")
-    return reasons
+    return reasons + _heads.why_not_triton(q_norm, k_norm, rope)
 
 
-def _why_not_triton_packed(qkv, num_heads, dropout_p, scale):
+def _why_not_triton_packed(qkv, num_heads, dropout_p, scale, q_norm=None, k_norm=None, rope=None):
     q, k, v = reference.unpack_qkv(qkv, num_heads)
-    return _why_not_triton(q, k, v, None, False, dropout_p, scale)
+    return _why_not_triton(q, k, v, None, False, dropout_p, scale, q_norm, k_norm, rope)
 
 
-def _run_triton(q, k, v, attn_mask, is_causal, dropout_p, scale):
-    if attn_mask is not None or is_causal or dropout_p > 0.0:
-        return _attention_general.run(q, k, v, attn_mask, is_causal, dropout_p, scale)
+def _run_triton(q, k, v, attn_mask, is_causal, dropout_p, scale, q_norm=None, k_norm=None, rope=None):
+    if attn_mask is not None or is_causal or dropout_p > 0.0 or q_norm is not None or rope is not None:
+        return _attention_general.run(q, k, v, attn_mask, is_causal, dropout_p, scale, q_norm, k_norm, rope)
     return _fwd_op(q, k, v, None, False, scale, "triton")[0]
 
 
-def _run_triton_packed(qkv, num_heads, dropout_p, scale):
-    if dropout_p > 0.0:
-        return _attention_general.run_packed(qkv, num_heads, dropout_p, scale)
+def _run_triton_packed(qkv, num_heads, dropout_p, scale, q_norm=None, k_norm=None, rope=None):
+    if dropout_p > 0.0 or q_norm is not None or rope is not None:
+        return _attention_general.run_packed(qkv, num_heads, dropout_p, scale, q_norm, k_norm, rope)
     return _packed_fwd_op(qkv, num_heads, scale, "triton")[0]
 
 
-def _why_not_cpp(q, k, v, attn_mask, is_causal, dropout_p, scale, name="q"):
+def _why_not_cpp(q, k, v, attn_mask, is_causal, dropout_p, scale, *heads, name="q"):
     reasons = _contract.why_not_compiled("cpp", q, q, name)
     if attn_mask is not None and attn_mask.requires_grad:
         reasons.append("attn_mask requires a gradient, cpp gives none")
@@ -302,19 +329,28 @@ def _why_not_cpp(q, k, v, attn_mask, is_causal, dropout_p, scale, name="q"):
     return reasons
 
 
-def _why_not_cpp_packed(qkv, num_heads, dropout_p, scale):
-    return _why_not_cpp(qkv, None, None, None, False, dropout_p, scale, "qkv")
+def _why_not_cpp_packed(qkv, num_heads, dropout_p, scale, *heads):
+    return _why_not_cpp(qkv, None, None, None, False, dropout_p, scale, name="qkv")
 
 
-def _run_cpp(q, k, v, attn_mask, is_causal, dropout_p, scale):
-    return _fwd_op(q, k, v, attn_mask, is_causal, scale, "cpp")[0]
+def _prepared(q, k, q_norm=None, k_norm=None, rope=None):
+    """Norms and rotation by stock PyTorch, before a core that has none."""
+    return reference.prepare_heads(q, q_norm, rope), reference.prepare_heads(k, k_norm, rope)
 
 
-def _run_cpp_packed(qkv, num_heads, dropout_p, scale):
+def _run_cpp(q, k, v, attn_mask, is_causal, dropout_p, scale, *heads):
+    return _fwd_op(*_prepared(q, k, *heads), v, attn_mask, is_causal, scale, "cpp")[0]
+
+
+def _run_cpp_packed(qkv, num_heads, dropout_p, scale, *heads):
+    if any(part is not None for part in heads):
+        q, k, v = reference.unpack_qkv(qkv, num_heads)
+        return _run_cpp(q, k, v, None, False, dropout_p, scale, *heads).transpose(1, 2).flatten(2)
     return _packed_fwd_op(qkv, num_heads, scale, "cpp")[0]
 
 
-def _run_torch(q, k, v, attn_mask, is_causal, dropout_p, scale):
+def _run_torch(q, k, v, attn_mask, is_causal, dropout_p, scale, *heads):
+    q, k = _prepared(q, k, *heads)
     if attn_mask is not None:  # SDPA takes no vector, and no float mask of another dtype
         attn_mask = torch.atleast_2d(attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype))
     if attn_mask is not None and is_causal:  # SDPA takes one or the other
@@ -325,18 +361,20 @@ def _run_torch(q, k, v, attn_mask, is_causal, dropout_p, scale):
     return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
 
 
-def _run_torch_packed(qkv, num_heads, dropout_p, scale):
+def _run_torch_packed(qkv, num_heads, dropout_p, scale, *heads):
     q, k, v = reference.unpack_qkv(qkv, num_heads)
-    return _run_torch(q, k, v, None, False, dropout_p, scale).transpose(1, 2).flatten(2)
+    return _run_torch(q, k, v, None, False, dropout_p, scale, *heads).transpose(1, 2).flatten(2)
 
 
-def _run_reference(q, k, v, attn_mask, is_causal, dropout_p, scale):
+def _run_reference(q, k, v, attn_mask, is_causal, dropout_p, scale, *heads):
     dropout = _reference_dropout(q, dropout_p)
+    q, k = _prepared(q, k, *heads)
     return reference.attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, **dropout)
 
 
-def _run_reference_packed(qkv, num_heads, dropout_p, scale):
-    return reference.attention_packed(qkv, num_heads, scale=scale, **_reference_dropout(qkv, dropout_p))
+def _run_reference_packed(qkv, num_heads, dropout_p, scale, *heads):
+    q, k, v = reference.unpack_qkv(qkv, num_heads)
+    return _run_reference(q, k, v, None, False, dropout_p, scale, *heads).transpose(1, 2).flatten(2)
 
 
 def _reference_dropout(x: Tensor, dropout_p: float) -> dict[str, Any]:

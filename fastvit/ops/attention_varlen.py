@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch import Backend, Op
-from . import _contract, _register
-from ._attention_general import draw_seed, kernels
-from .attention import _reference_dropout, _run_torch, _why_not_triton
+from ..reference import HeadNorm, Rope
+from . import _contract, _heads, _register
+from ._attention_general import backward, draw_seed, kernels, meaning, setup_context
+from .attention import _prepared, _reference_dropout, _run_torch, _why_not_triton
 
 NAME = "attention_varlen"
 
@@ -27,6 +28,9 @@ def attention_varlen(
     is_causal: bool = False,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
+    rope: Rope | None = None,
 ) -> Tensor:
     """``fastvit.ops.attention`` within each of S samples, e.g. images of different sizes in one batch.
 
@@ -35,6 +39,8 @@ def attention_varlen(
     cu_seqlens  (S + 1,)   int32 | int64, from 0 to T, never falling: sample s has the rows from cu_seqlens[s] to
                            cu_seqlens[s + 1]
     max_seqlen             no sample has more rows
+    rope                   its table has a row for each of the T rows, (T, 2 * D) or (H, T, 2 * D): where a row is not
+                           to be rotated, sines of 0 and cosines of 1
     returns     (T, H, D)  dtype of q
 
     The values of cu_seqlens are checked on the CPU only; on a GPU reading them would stop the stream.
@@ -42,9 +48,10 @@ def attention_varlen(
     Meaning: fastvit.reference.attention_varlen.
     """
     _check(q, k, v, cu_seqlens, max_seqlen, dropout_p)
+    _check_heads(q, q_norm, k_norm, rope)
     q, k, v = _contract.cast(_contract.autocast_dtype(q), q, k, v)  # type: ignore[assignment]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return OP(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale)
+    return OP(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale, q_norm, k_norm, rope)
 
 
 def _check(q, k, v, cu_seqlens, max_seqlen, dropout_p) -> None:
@@ -68,6 +75,12 @@ def _check(q, k, v, cu_seqlens, max_seqlen, dropout_p) -> None:
         _check_rows(cu_seqlens.tolist(), max_seqlen, q.shape[0])
 
 
+def _check_heads(q: Tensor, q_norm: HeadNorm | None, k_norm: HeadNorm | None, rope: Rope | None) -> None:
+    if rope is not None and rope.num_prefix:
+        raise ValueError(f"{NAME}: rope.num_prefix is {rope.num_prefix}, expected 0: samples share no first row")
+    _heads.check(NAME, _as_heads(q), (q.shape[0], q.shape[0]), q_norm, k_norm, rope, "T")
+
+
 def _check_rows(bounds: list[int], max_seqlen: int, rows: int) -> None:
     if bounds[0] != 0 or bounds[-1] != rows:
         raise ValueError(f"{NAME}: cu_seqlens goes from {bounds[0]} to {bounds[-1]}, expected 0 to {rows}, q's rows")
@@ -83,36 +96,37 @@ def _as_heads(rows: Tensor) -> Tensor:
     return rows.transpose(0, 1).unsqueeze(0)
 
 
-def _options(cu_seqlens, max_seqlen, is_causal, dropout_p, dropout_seed, scale):
-    cu_seqlens = cu_seqlens.contiguous()
-    return kernels().Options(scale, None, is_causal, dropout_p, dropout_seed, cu_seqlens, max_seqlen)
+def _options(*flat_and_rest):
+    *flat, cu_seqlens, max_seqlen, is_causal, dropout_p, dropout_seed, scale, _ = flat_and_rest
+    ragged = (cu_seqlens.contiguous(), max_seqlen, kernels().Preparation(*flat))
+    return kernels().Options(scale, None, is_causal, dropout_p, dropout_seed, *ragged)
 
 
-def _fwd(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, dropout_seed, scale, backend):
-    options = _options(cu_seqlens, max_seqlen, is_causal, dropout_p, dropout_seed, scale)
-    out, top, log = kernels().attention_general_fwd(_as_heads(q), _as_heads(k), _as_heads(v), options)
+def _fwd(q, k, v, *rest):
+    out, top, log = kernels().attention_general_fwd(_as_heads(q), _as_heads(k), _as_heads(v), _options(*rest))
     return out[0].transpose(0, 1), top[0], log[0]
 
 
-def _fwd_fake(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, dropout_seed, scale, backend):
+def _fwd_fake(q, k, v, *rest):
     rows, heads, _ = q.shape
     return q.new_empty(q.shape), *(q.new_empty(heads, rows, dtype=torch.float32) for _ in range(2))
 
 
-def _bwd(dout, q, k, v, out, top, log, cu_seqlens, max_seqlen, is_causal, dropout_p, dropout_seed, scale, backend):
+def _bwd(dout, q, k, v, out, top, log, *rest):
     grads = [tensor.new_empty(tensor.shape) for tensor in (q, k, v)]
-    options = _options(cu_seqlens, max_seqlen, is_causal, dropout_p, dropout_seed, scale)
     rows = [_as_heads(tensor) for tensor in (dout, q, k, v, out)]
-    kernels().attention_general_bwd(*rows, top[None], log[None], options, *map(_as_heads, grads))
-    return tuple(grads)
+    sums = kernels().attention_general_bwd(*rows, top[None], log[None], _options(*rest), *map(_as_heads, grads))
+    return *grads, *_heads.weight_gradients(sums, rest[:4])
 
 
-def _bwd_fake(dout, q, k, v, out, top, log, cu_seqlens, max_seqlen, is_causal, dropout_p, dropout_seed, scale, backend):
-    return tuple(tensor.new_empty(tensor.shape) for tensor in (q, k, v))
+def _bwd_fake(dout, q, k, v, out, top, log, *rest):
+    grads = (tensor.new_empty(tensor.shape) for tensor in (q, k, v))
+    return *grads, *_heads.fake_weight_gradients(top, rest[:4])
 
 
 _OPTIONS = (
-    "Tensor cu_seqlens, int max_seqlen, bool is_causal, float dropout_p, Tensor? dropout_seed, float scale, str backend"
+    f"{_heads.SCHEMA}, Tensor cu_seqlens, int max_seqlen, bool is_causal, float dropout_p, Tensor? dropout_seed,"
+    " float scale, str backend"
 )
 _fwd_op = _register.define(
     f"{NAME}_fwd", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor, Tensor)", _fwd, _fwd_fake
@@ -120,56 +134,53 @@ _fwd_op = _register.define(
 _bwd_op = _register.define(
     f"{NAME}_bwd",
     f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor top, Tensor log, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, cu_seqlens, ctx.max_seqlen, ctx.is_causal, ctx.dropout_p, seed, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, seed)
-    ctx.set_materialize_grads(False)
+    setup_context(ctx, inputs, output, of_rows=3)
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple:
-    if dout is None:
-        return (None,) * 10
-    *saved, seed = ctx.saved_tensors
-    options = (ctx.max_seqlen, ctx.is_causal, ctx.dropout_p, seed, ctx.scale, ctx.backend)
-    return *_bwd_op(dout, *saved, *options), *(None,) * 7
+    return backward(ctx, dout, _bwd_op, of_rows=3)
 
 
 _register.register_autograd(f"{NAME}_fwd", _setup_context, _backward)
-_MEANING = ("cu_seqlens", "max_seqlen", "is_causal", "dropout_p", "dropout_seed", "scale")
+_MEANING = (*_heads.NAMES, "cu_seqlens", "max_seqlen", "is_causal", "dropout_p", "dropout_seed", "scale")
 _register.register_double_backward(
     f"{NAME}_bwd",
-    reference.attention_varlen,
+    meaning(reference.attention_varlen),
     inputs=("q", "k", "v", *_MEANING),
     arguments=("dout", "q", "k", "v", "out", "top", "log", *_MEANING, "backend"),
 )
 
 
-def _why_not(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale):
-    return _why_not_triton(_as_heads(q), _as_heads(k), _as_heads(v), None, is_causal, dropout_p, scale)
+def _why_not(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale, *heads):
+    return _why_not_triton(_as_heads(q), _as_heads(k), _as_heads(v), None, is_causal, dropout_p, scale, *heads)
 
 
-def _run_triton(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale):
+def _run_triton(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale, *heads):
     seed = draw_seed(q.device) if dropout_p > 0.0 else None
-    return _fwd_op(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, seed, scale, "triton")[0]
+    flat = _heads.flat(*heads)
+    return _fwd_op(q, k, v, *flat, cu_seqlens, max_seqlen, is_causal, dropout_p, seed, scale, "triton")[0]
 
 
-def _run_padded(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale):
+def _run_padded(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale, *heads):
     """Padded: shapes that do not depend on cu_seqlens need no look at its values."""
     rows = q.shape[0]
+    q, k = (t.transpose(0, 1) for t in _prepared(q.transpose(0, 1), k.transpose(0, 1), *heads))
     (q, k, v), mask = reference.pad_samples((q, k, v), cu_seqlens, max_seqlen)
     out = _run_torch(q, k, v, mask, is_causal, dropout_p, scale)
     return reference.unpad_samples(out, cu_seqlens, rows)
 
 
-def _run_reference(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale):
+def _run_reference(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale, q_norm, k_norm, rope):
+    options = {"is_causal": is_causal, "scale": scale, "q_norm": q_norm, "k_norm": k_norm, "rope": rope}
     dropout = _reference_dropout(q, dropout_p)
-    return reference.attention_varlen(q, k, v, cu_seqlens, max_seqlen, is_causal=is_causal, scale=scale, **dropout)
+    return reference.attention_varlen(q, k, v, cu_seqlens, max_seqlen, **options, **dropout)
 
 
 OP = Op(
