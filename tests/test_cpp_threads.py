@@ -136,6 +136,7 @@ def test_weights_that_come_and_go_while_others_are_packed():
     assert C.pack_cache_info()["entries"] == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_inter_op_threads():
     """TorchScript's forked tasks run on the inter-op pool, each with an intra-op pool of its own."""
     inputs = {name: value.detach() for name, value in make_inputs("layernorm_linear", SHAPE, 3, torch.float32).items()}
