@@ -153,4 +153,3 @@ def test_inter_op_threads():
 
     for out in products(*inputs.values()):
         assert torch.equal(out, expected)
-
