@@ -2,7 +2,7 @@
 
 FASTVIT_SKIP_BUILD=1   pure Python: every op still runs, through PyTorch or Triton
 FASTVIT_FORCE_CUDA=1   a CUDA part that cannot be built is an error, not a skip
-FASTVIT_SANITIZE       "address" (or 1): C++ part with AddressSanitizer and UBSan; "thread": with ThreadSanitizer; no CUDA part
+FASTVIT_SANITIZE       address (or 1): C++ part with AddressSanitizer and UBSan; thread: with ThreadSanitizer; no CUDA
 CUTLASS_PATH           CUTLASS 4.2 for Hopper's products: a checkout, where the nvidia-cutlass wheel is not installed
 MAX_JOBS, NVCC_THREADS, TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX as in PyTorch's own extensions
 """

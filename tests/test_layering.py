@@ -23,13 +23,8 @@ LAYERS = (
     {"cli", "__main__"},
 )
 LAYER = {part: height for height, parts in enumerate(LAYERS) for part in parts}
-ONLY = {
-    "reference": set(),
-    "kernels": set(),
-    "dispatch": {"_extension"},
-    "packs": {"_extension"},
-    "testing": {"reference"},
-}
+ONLY = {"reference": set(), "kernels": set(), "testing": {"reference"}}
+ONLY |= dict.fromkeys(("dispatch", "packs"), {"_extension"})
 LAZY = {"triton", "timm", "transformers", "torchvision", "onnx", "safetensors"}
 LAZY |= {"numpy", "PIL", "matplotlib", "rich", "psutil"}
 

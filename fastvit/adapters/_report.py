@@ -75,11 +75,8 @@ def _why(row: Row) -> list[str]:
 
 def report(model: nn.Module) -> Report:
     rows = list(_rows(model))
-    note = (
-        _pack_note(rows) if rows else f"nothing here is known to fastvit: {type(model).__qualname__} holds no ViT of "
-    )
-    if not rows:
-        note += "timm's or fastvit's"
+    unknown = f"nothing here is known to fastvit: {type(model).__qualname__} holds no ViT of timm's or fastvit's"
+    note = _pack_note(rows) if rows else unknown
     return Report(f"{type(model).__qualname__}, {'training' if model.training else 'eval'} mode", rows, note)
 
 

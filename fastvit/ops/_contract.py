@@ -59,10 +59,9 @@ def cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor | N
 
 
 def may_cache(*weights: Tensor | None) -> bool:
-    """Packed copies of weights are kept where they are wanted and no optimiser is about to change the weights."""
-    return packs.are_kept() and not (
-        torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in weights)
-    )
+    """Packed copies of weights are kept where they are wanted, unless an optimiser is about to change the weights."""
+    trained = torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in weights)
+    return packs.are_kept() and not trained
 
 
 def why_not_device(backend: str, device_type: str, x: Tensor) -> list[str]:
