@@ -24,7 +24,7 @@ LAYERS = (
 )
 LAYER = {part: height for height, parts in enumerate(LAYERS) for part in parts}
 ONLY = {"reference": set(), "kernels": set(), "testing": {"reference"}}
-ONLY |= dict.fromkeys(("dispatch", "packs"), {"_extension"})
+ONLY |= {part: {"_extension"} for part in ("dispatch", "packs")}
 LAZY = {"triton", "timm", "transformers", "torchvision", "onnx", "safetensors"}
 LAZY |= {"numpy", "PIL", "matplotlib", "rich", "psutil"}
 
