@@ -73,6 +73,16 @@ def test_number_of_threads_changed_between_calls(op, dtype):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_few_rows(op):
+    """Fewer row blocks than threads: the columns are shared out too."""
+    shape = Shape(embed_dim=192, num_heads=3, hidden_dim=768, tokens=5, patch_size=8, image_size=16)
+    inputs = make_inputs(op, shape, 1, torch.float32)
+    several = run(op, inputs)
+    torch.set_num_threads(1)
+    assert_same_bits(run(op, inputs), several)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_several_callers_with_the_same_weights(op):
     inputs = make_inputs(op, SHAPE, 2, torch.float32)
     expected = run(op, inputs)
