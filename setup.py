@@ -2,7 +2,7 @@
 
 FASTVIT_SKIP_BUILD=1   pure Python: every op still runs, through PyTorch or Triton
 FASTVIT_FORCE_CUDA=1   a CUDA part that cannot be built is an error, not a skip
-FASTVIT_SANITIZE=1     C++ part with AddressSanitizer and UBSan, no CUDA part
+FASTVIT_SANITIZE       address (or 1): C++ part with AddressSanitizer and UBSan; thread: with ThreadSanitizer; no CUDA
 CUTLASS_PATH           CUTLASS 4.2 for Hopper's products: a checkout, where the nvidia-cutlass wheel is not installed
 MAX_JOBS, NVCC_THREADS, TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX as in PyTorch's own extensions
 """
@@ -92,6 +92,15 @@ def arch_flags(arches: str) -> list[str]:
     return flags
 
 
+def sanitizer_flags() -> list[str]:
+    known = {"thread": "-fsanitize=thread", "address": "-fsanitize=address,undefined"}
+    known["1"] = known["address"]
+    name = os.environ["FASTVIT_SANITIZE"].lower()
+    if name not in known:
+        raise SystemExit(f"FASTVIT_SANITIZE is {name!r}, expected one of {', '.join(known)}")
+    return [known[name]]
+
+
 def cpp_extension() -> Extension | None:
     if not find_cxx():
         say("no C++ compiler found (CXX, c++, g++): installing pure Python, CPU ops run through PyTorch")
@@ -102,17 +111,20 @@ def cpp_extension() -> Extension | None:
         return None
     from torch.utils.cpp_extension import CppExtension
 
-    compile_args, link_args = ["-std=c++20", "-O3", "-fvisibility=hidden"], []
+    compile_args, link_args = ["-O3", "-fvisibility=hidden"], []
     if flag("FASTVIT_SANITIZE"):
-        sanitize = "-fsanitize=address,undefined"
-        compile_args, link_args = ["-std=c++20", "-O1", "-g", "-fno-omit-frame-pointer", sanitize], [sanitize]
+        link_args = sanitizer_flags()
+        compile_args = ["-O1", "-g", "-fno-omit-frame-pointer", *link_args]
+        if "-fsanitize=thread" in link_args:
+            files += sources("csrc/sanitize", ".cpp")
+            link_args.append("-Wl,--wrap=GOMP_parallel")
     return CppExtension(
         "fastvit._C",
         files,
         include_dirs=[str(ROOT / "csrc")],
         depends=headers(),
         # Threads come from the libgomp that torch loads, so nothing is linked: one OpenMP runtime in the process.
-        extra_compile_args=[*compile_args, "-fopenmp", "-Wno-psabi"],
+        extra_compile_args=["-std=c++20", *compile_args, "-fopenmp", "-Wno-psabi"],
         extra_link_args=link_args,
     )
 

@@ -4,6 +4,9 @@
 #include "cpu/kernels.h"
 #include "cpu/ops.h"
 #include "cpu/pack_cache.h"
+#ifdef __SANITIZE_THREAD__
+#include "sanitize/race.h"
+#endif
 
 namespace fastvit {
 namespace {
@@ -25,8 +28,8 @@ py::dict cpu_capabilities() {
                   "threads"_a = at::get_num_threads());
 }
 
-py::dict pack_cache_info() {
-  const cpu::PackCacheInfo info = cpu::pack_cache_info();
+py::dict pack_cache_info(const OptionalTensor& weight) {
+  const cpu::PackCacheInfo info = cpu::pack_cache_info(weight);
   return py::dict("entries"_a = info.entries, "bytes"_a = info.bytes);
 }
 
@@ -58,8 +61,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "act"_a, "residual"_a, "mask"_a);
   m.def("build_info", &build_info);
   m.def("cpu_capabilities", &cpu_capabilities);
-  m.def("pack_cache_info", &pack_cache_info);
+  m.def("pack_cache_info", &pack_cache_info, "weight"_a = py::none());
   m.def("clear_pack_cache", &cpu::clear_pack_cache);
+#ifdef __SANITIZE_THREAD__
+  m.def("count_with_a_race", &count_with_a_race, no_gil, "tasks"_a);
+#endif
 }
 
 }  // namespace fastvit

@@ -13,6 +13,7 @@ from .attention_maps import attention_maps
 from .checkpoints import load_checkpoint, save_checkpoint
 from .dispatch import Unsupported, use_backend
 from .model import VisionTransformer, create_model
+from .packs import clear_pack_cache
 from .parity import parity_report
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "attention_maps",
+    "clear_pack_cache",
     "create_model",
     "explain",
     "load_checkpoint",

@@ -21,6 +21,7 @@ def accelerate(
     backend: str | Mapping[str, str] = "auto",
     cls_only_last_block: bool = True,
     memory: str = "default",
+    keep_packs: bool = True,
 ) -> nn.Module:
     """Run every ViT in ``model`` on the fused ops. In place: same classes, parameters, keys, outputs and gradients.
 
@@ -28,6 +29,8 @@ def accelerate(
     backend              forced for this model's ops, for all ("torch") or op by op ({"attention": "triton"})
     cls_only_last_block  run the last block for the class token alone where the head reads nothing else
     memory               "default" | "lean": keep fc1's result of each block for the backward, or compute it again
+    keep_packs           on a CPU: keep a packed copy of each weight between calls (``explain`` says how much memory
+                         they take), or pack at each call
     returns              ``model``
 
     Hooks, LoRA, parametrisations, dropout and moves are looked at on each call: what a fused op would leave out is
@@ -47,8 +50,9 @@ def accelerate(
         if filter_fn is not None and not filter_fn(module, name):
             continue
         options = {"memory": memory} if adapter.part == "block" else {"cls_only_last_block": cls_only_last_block}
-        if not adapter.is_fast or forced or options in ({"memory": "lean"}, {"cls_only_last_block": False}):
-            override(module, adapter.forward, forced, options)
+        usual = not forced and keep_packs and options in ({"memory": "default"}, {"cls_only_last_block": True})
+        if not (adapter.is_fast and usual):
+            override(module, adapter.forward, forced, options, keep_packs)
     return model
 
 

@@ -86,6 +86,7 @@ def test_rows_of_a_model_have_the_committed_form():
     result = bench.run(models=["vit_tiny_patch16_224"], batch=1, rounds=1, device="cpu", dtype="bf16")
     assert not result["refused"]
     assert not list(results_check().check(json.loads(json.dumps(result))))
+    assert all(row["held_mb"] is None or row["held_mb"] >= 0 for row in result["rows"])
     assert result["rows"][0]["images_per_s"] == pytest.approx(1000 / result["rows"][0]["p50_ms"])
 
 

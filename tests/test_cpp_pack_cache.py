@@ -64,6 +64,58 @@ def test_data_write_leaves_the_version_alone(x, size):
     assert_fresh(x, weight.detach())
 
 
+SINGLE = {"first": (0, 0), "last": (-1, -1), "middle": (200, 30)}
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "both"])
+@pytest.mark.parametrize("place", SINGLE)
+def test_one_value_written_through_data(x, place, layout):
+    """No version, no other value: seen when the slice it lies in is looked at, all of which are within 64 calls."""
+    weight = torch.randn(640, 48)
+    weight = {"rows": weight, "columns": weight.t().contiguous().t(), "both": torch.randn(640, 96)[:, ::2]}[layout]
+    run(x, weight)
+    weight.data[SINGLE[place]] += 100
+    for _ in range(64):
+        run(x, weight)
+    assert_fresh(x, weight)
+
+
+def test_one_value_is_seen_at_once_before_many_rows():
+    x, weight = torch.randn(64 * 128, 48), torch.randn(640, 48)
+    run(x, weight)
+    weight.data[123, 17] += 100
+    assert_fresh(x, weight)
+
+
+def test_a_column_written_through_data_is_seen_at_once(x):
+    for column in range(48):
+        weight = torch.randn(640, 48)
+        run(x, weight)
+        weight.data[:, column] = 0.0
+        assert_fresh(x, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_pruning_through_data_is_seen_at_once(dtype):
+    """A mask over one value in ten, in a 16-bit weight whose rows are no whole cache lines."""
+    x, weight = torch.randn(9, 47).to(dtype), torch.randn(640, 47).to(dtype)
+    residual = torch.zeros(9, 640)
+    C.linear_residual_fwd(x, weight, None, residual, None, None, True)
+    weight.data[torch.rand(640, 47) < 0.1] = 0
+    out = C.linear_residual_fwd(x, weight, None, residual, None, None, True)
+    torch.testing.assert_close(out, F.linear(x.float(), weight.float()), rtol=2e-2, atol=2e-2)
+
+
+def test_exponential_moving_average(x):
+    """As EMA codes write it: lerp of the data, one after the other or all at once."""
+    average, model = torch.nn.Linear(48, 80), torch.nn.Linear(48, 80)
+    run(x, average.weight.detach())
+    average.weight.data.lerp_(model.weight.data, 0.001)
+    assert_fresh(x, average.weight.detach())
+    torch._foreach_lerp_([average.weight.data], [model.weight.data], 0.001)
+    assert_fresh(x, average.weight.detach())
+
+
 def test_data_swap(x, weight):
     parameter = torch.nn.Parameter(weight)
     run(x, parameter.detach())

@@ -5,7 +5,7 @@ import torch
 from tiny_vits import build, images, one_thread
 from torch import nn
 
-from fastvit import accelerate, dispatch, explain
+from fastvit import _extension, accelerate, clear_pack_cache, dispatch, explain
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +109,44 @@ def test_explain_in_a_wrapper():
     names = [row.module for row in explain(accelerate(nn.Sequential(nn.Identity(), build()))).rows]
     assert names[0] == "1"
     assert "1.blocks.0" in names
+
+
+@pytest.mark.skipif(_extension.cpp() is None, reason="the C++ extension is not built")
+def test_explain_counts_packed_weights():
+    """Per part and in all; a pack goes with its model, and none is kept where that was asked for."""
+    clear_pack_cache()
+    model = accelerate(build(global_pool="avg")).eval()
+    assert not any(row.pack_bytes for row in explain(model).rows)
+    assert "packed weights" not in str(explain(model))
+    with torch.no_grad():
+        model(images())
+    report = explain(model)
+    packed = {row.part: row.pack_bytes for row in report.rows if row.module in ("", "blocks.0")}
+    assert packed == {
+        "patch_embed": 4 * 64 * 3 * 8 * 8,
+        "class token only": 0,
+        "layernorm_linear": 4 * 64 * 192,
+        "attention_packed": 0,
+        "linear_residual": 4 * 64 * 64,
+        "layernorm_mlp": 2 * 4 * 64 * 256,
+    }
+    total = sum(row.pack_bytes for row in report.rows)
+    assert f"packed weights kept: {total / 2**20:.1f} MB of this model, {total / 2**20:.1f} MB in all" in str(report)
+    clear_pack_cache()
+    with torch.no_grad():
+        accelerate(model, keep_packs=False)(images())
+    assert not any(row.pack_bytes for row in explain(model).rows)
+    with torch.no_grad():
+        accelerate(model)(images())
+    del model
+    assert _extension.cpp().pack_cache_info() == {"entries": 0, "bytes": 0}
+
+
+@pytest.mark.skipif(_extension.cpp() is None, reason="the C++ extension is not built")
+def test_unkept_packs_compile_in_one_graph():
+    clear_pack_cache()
+    model, x = accelerate(build(), keep_packs=False).eval(), images()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    assert _extension.cpp().pack_cache_info()["entries"] == 0

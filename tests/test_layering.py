@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up; a part is the first component below fastvit. Each imports from its own layer or a lower one.
 LAYERS = (
     {"reference", "_extension", "kernels"},
-    {"dispatch", "relabel", "testing"},
+    {"dispatch", "packs", "relabel", "testing"},
     {"ops"},
     {"fused", "norm_act", "resample", "weight_init"},
     {"layers", "pool"},
@@ -23,7 +23,8 @@ LAYERS = (
     {"cli", "__main__"},
 )
 LAYER = {part: height for height, parts in enumerate(LAYERS) for part in parts}
-ONLY = {"reference": set(), "kernels": set(), "dispatch": {"_extension"}, "testing": {"reference"}}
+ONLY = {"reference": set(), "kernels": set(), "testing": {"reference"}}
+ONLY |= {part: {"_extension"} for part in ("dispatch", "packs")}
 LAZY = {"triton", "timm", "transformers", "torchvision", "onnx", "safetensors"}
 LAZY |= {"numpy", "PIL", "matplotlib", "rich", "psutil"}
 

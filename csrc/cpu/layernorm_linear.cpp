@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> layernorm_linear_fwd(const Tensor& x, const O
     const Norm norm{gamma.const_data_ptr<float>(), beta.const_data_ptr<float>(), static_cast<float>(eps),
                     mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>()};
     const float* bias_data = bias_values.const_data_ptr<float>();
-    const auto packed = packed_weight(weight, cache);
+    const auto packed = packed_weight(weight, cache, rows.count);
     const Rows target = rows_of(out);
     with_compute_type(packed->data.scalar_type(), [&]<class T>(T) {
       run_linear<T>(rows, norm, *packed, [&](const float* products, Range block, int64_t p) {

@@ -39,8 +39,9 @@ Operand<T> load_operand(const Rows& x, const Norm& norm, Range rows, Scratch& sc
     if (norm.weight) {
       const float* row = x.as_float(i, buffer);
       const Statistics stats = row_statistics(row, x.width, norm.eps);
-      norm.mean[i] = stats.mean;
-      norm.rstd[i] = stats.rstd;
+      // With few rows each group of panels normalises them for itself: several threads write the same values here.
+      std::atomic_ref(norm.mean[i]).store(stats.mean, std::memory_order_relaxed);
+      std::atomic_ref(norm.rstd[i]).store(stats.rstd, std::memory_order_relaxed);
       normalize_row(row, x.width, stats, norm.weight, norm.bias, out, dtype);
     } else {
       scale_row(x.row(i), x.dtype(), x.width, 1.0f, out, dtype);

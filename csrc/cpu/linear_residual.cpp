@@ -24,7 +24,7 @@ Tensor linear_residual_fwd(const Tensor& x, const Tensor& weight, const Optional
     const Tensor bias_values = padded_vector(bias, features, 0), scale_values = padded_vector(layer_scale, features, 1);
     const float *bias_data = bias_values.const_data_ptr<float>(), *scale = scale_values.const_data_ptr<float>();
     const RowScale row_factor(row_scale, rows.count);
-    const auto packed = packed_weight(weight, cache);
+    const auto packed = packed_weight(weight, cache, rows.count);
     const Rows target = rows_of(out);
     with_compute_type(packed->data.scalar_type(), [&]<class T>(T) {
       run_linear<T>(rows, {}, *packed, [&](const float* products, Range block, int64_t p) {

@@ -5,12 +5,14 @@
 
 #include "../common.h"
 #include "epilogue.h"
+#include "fork.h"
 
 namespace fastvit::cpu {
 
-// The ops compute; recording gradients is the caller's business.
+// At the start of every op. The ops compute; recording gradients is the caller's business.
 struct NoAutograd {
   at::AutoDispatchBelowADInplaceOrView guard;
+  NoAutograd() { survive_fork(); }
 };
 
 inline void check_input(const char* op, const char* name, const Tensor& x) {

@@ -2,10 +2,12 @@
 
 #include <c10/util/intrusive_ptr.h>
 
-#include <cstring>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <tuple>
+
+#include "fingerprint.h"
 
 namespace fastvit::cpu {
 namespace {
@@ -16,26 +18,38 @@ using WeakStorage = c10::weak_intrusive_ptr<c10::StorageImpl>;
 using Key =
     std::tuple<const c10::StorageImpl*, int64_t, int64_t, int64_t, int64_t, int64_t, at::ScalarType, at::ScalarType>;
 
-// What must be unchanged for a pack to be right.
-struct Stamp {
-  const void* data;
-  int64_t version;
-  uint64_t fingerprint;
-  bool operator==(const Stamp&) const = default;
-};
+constexpr int64_t ROWS_PER_SLICE = 128;  // multiplying by these costs 200 times as much as hashing a slice
 
 struct Entry {
   WeakStorage storage;
-  Stamp stamp;
+  const void* data;
+  int64_t version;
+  Fingerprint fingerprint;
   PackedWeightPtr pack;
+  mutable std::atomic<int64_t> next_slice{0};
+
+  bool matches(const at::Tensor& weight, int64_t rows) const;
 };
+using EntryPtr = std::shared_ptr<const Entry>;
 
 struct Cache {
   std::mutex mutex;
-  std::map<Key, Entry> entries;
+  std::map<Key, EntryPtr> entries;
 
   void drop_expired() {
-    std::erase_if(entries, [](const auto& item) { return item.second.storage.expired(); });
+    std::erase_if(entries, [](const auto& item) { return item.second->storage.expired(); });
+  }
+
+  EntryPtr find(const Key& key) {
+    const std::lock_guard lock(mutex);
+    const auto found = entries.find(key);
+    return found == entries.end() ? nullptr : found->second;
+  }
+
+  void insert(const Key& key, EntryPtr entry) {
+    const std::lock_guard lock(mutex);
+    drop_expired();
+    entries.insert_or_assign(key, std::move(entry));
   }
 };
 
@@ -56,57 +70,44 @@ Key key_of(const at::Tensor& weight) {
           compute_dtype(weight.scalar_type())};
 }
 
-// Hash of about 1,000 elements spread over every row and column: an odd step visits all columns before it repeats.
-uint64_t fingerprint(const at::Tensor& weight) {
-  constexpr int64_t SAMPLES = 1024;
-  const int64_t total = weight.numel(), columns = weight.size(1), item = weight.element_size();
-  const int64_t step = std::max<int64_t>(1, total / SAMPLES) | 1;
-  const auto* base = static_cast<const char*>(weight.const_data_ptr());
-  uint64_t hash = 0xcbf29ce484222325u;
-  const auto mix = [&](int64_t i) {
-    uint32_t value = 0;
-    std::memcpy(&value, base + (i / columns * weight.stride(0) + i % columns * weight.stride(1)) * item, item);
-    hash = (hash ^ value) * 0x100000001b3u;
-    hash ^= hash >> 29;
-  };
-  for (int64_t i = 0; i < total; i += step) mix(i);
-  mix(total - 1);
-  return hash;
+int64_t version_of(const at::Tensor& weight) {
+  return weight.is_inference() ? -1 : static_cast<int64_t>(weight._version());
 }
 
-Stamp stamp_of(const at::Tensor& weight) {
-  return {weight.const_data_ptr(), weight.is_inference() ? -1 : static_cast<int64_t>(weight._version()),
-          fingerprint(weight)};
+bool Entry::matches(const at::Tensor& weight, int64_t rows) const {
+  if (storage.expired() || data != weight.const_data_ptr() || version != version_of(weight)) return false;
+  const int64_t slices = std::clamp<int64_t>(rows / ROWS_PER_SLICE, 1, SLICES);
+  return fingerprint.matches(weight, next_slice.fetch_add(slices) % SLICES, slices);
 }
 
 }  // namespace
 
-PackedWeightPtr packed_weight(const at::Tensor& weight, bool cache) {
+PackedWeightPtr packed_weight(const at::Tensor& weight, bool cache, int64_t rows) {
   if (!cache) return std::make_shared<const PackedWeight>(pack_weight(weight));
-  // The stamp is taken before packing: a write during it makes the entry stale, never the other way round.
   const Key key = key_of(weight);
-  const Stamp stamp = stamp_of(weight);
   Cache& packs = cache_instance();
-  {
-    const std::lock_guard lock(packs.mutex);
-    const auto found = packs.entries.find(key);
-    if (found != packs.entries.end() && !found->second.storage.expired() && found->second.stamp == stamp) {
-      return found->second.pack;
-    }
-  }
+  if (const EntryPtr found = packs.find(key); found && found->matches(weight, rows)) return found->pack;
+  // Version and values are taken before packing: a write during it makes the entry stale, never the other way round.
+  const int64_t version = version_of(weight);
+  const Fingerprint fingerprint(weight);
   auto pack = std::make_shared<const PackedWeight>(pack_weight(weight));
-  const std::lock_guard lock(packs.mutex);
-  packs.drop_expired();
-  packs.entries.insert_or_assign(key, Entry{weight.storage().getWeakStorageImpl(), stamp, pack});
+  auto entry = std::make_shared<const Entry>(weight.storage().getWeakStorageImpl(), weight.const_data_ptr(), version,
+                                             fingerprint, pack);
+  packs.insert(key, std::move(entry));
   return pack;
 }
 
-PackCacheInfo pack_cache_info() {
+PackCacheInfo pack_cache_info(const std::optional<at::Tensor>& weight) {
+  const auto* storage = weight ? weight->storage().unsafeGetStorageImpl() : nullptr;
   Cache& packs = cache_instance();
   const std::lock_guard lock(packs.mutex);
   packs.drop_expired();
-  PackCacheInfo info{static_cast<int64_t>(packs.entries.size()), 0};
-  for (const auto& [key, entry] : packs.entries) info.bytes += entry.pack->bytes();
+  PackCacheInfo info{0, 0};
+  for (const auto& [key, entry] : packs.entries) {
+    if (storage && std::get<0>(key) != storage) continue;
+    info.entries += 1;
+    info.bytes += entry->pack->bytes();
+  }
   return info;
 }
 

@@ -107,6 +107,15 @@ struct TokenTables {
   }
 };
 
+// (E, C * PH * PW). A view that is made below autograd would count versions by itself: it counts them with the weight.
+Tensor as_matrix(const Tensor& weight) {
+  const Tensor matrix = weight.reshape({weight.size(0), -1});
+  if (matrix.is_alias_of(weight) && !weight.is_inference()) {
+    matrix.unsafeGetTensorImpl()->set_version_counter(weight.unsafeGetTensorImpl()->version_counter());
+  }
+  return matrix;
+}
+
 struct PatchTile {
   const PackedWeight& weight;
   const float *bias, *ones;  // (E, padded)
@@ -155,8 +164,8 @@ Tensor patch_embed_fwd(const Tensor& images, const Tensor& weight, const Optiona
   const Tensor out = at::empty({images.size(0), tables.num_prefix + patches.per_image(), features}, weight.options());
   if (images.size(0) == 0) return out;
   tables.write_prefix(out);
-  const Tensor matrix = weight.reshape({features, -1});
-  const auto packed = packed_weight(matrix, cache && matrix.is_alias_of(weight));
+  const Tensor matrix = as_matrix(weight);
+  const auto packed = packed_weight(matrix, cache && matrix.is_alias_of(weight), patches.count());
   const Tensor bias_values = padded_vector(bias, features, 0), ones = padded_vector({}, features, 1);
   const PatchTile tile{
       *packed, bias_values.const_data_ptr<float>(), ones.const_data_ptr<float>(), tables, out, patches.per_image()};

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import CodeType
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..dispatch import use_backend
+from ..packs import unkept_packs
 
 
 class Override:
@@ -55,9 +57,11 @@ class Override:
         return Override(memo.get(id(module), module), self.function, copy.deepcopy(self.options, memo))
 
 
-def override(module: nn.Module, host: Callable, backend: dict[str, str], options: dict[str, Any]) -> None:
+def override(
+    module: nn.Module, host: Callable, backend: dict[str, str], options: dict[str, Any], keep_packs: bool = True
+) -> None:
     """Run ``host(module, ..., **options)`` whenever ``module`` is called, with ``backend`` forced for its ops."""
-    settings = {"host": host, "backend": backend, "options": options}
+    settings = {"host": host, "backend": backend, "options": options, "keep_packs": keep_packs}
     module.forward = Override(module, run, settings)  # type: ignore[method-assign]
     module._replicate_for_data_parallel = Override(module, _replicate, {})  # type: ignore[method-assign]
     module.__prepare_scriptable__ = Override(module, _stock_twin, {})  # type: ignore[assignment]
@@ -92,13 +96,14 @@ def run(
     host: Callable,
     backend: dict[str, str],
     options: dict[str, Any],
+    keep_packs: bool = True,
     **kwargs: Any,
 ) -> Any:
     if needs_stock(x):
         return stock_forward(module, x, *args, **kwargs)
-    if not backend:
+    if not backend and keep_packs:
         return host(module, x, *args, **options, **kwargs)
-    with use_backend(**backend):
+    with use_backend(**backend), nullcontext() if keep_packs else unkept_packs():
         return host(module, x, *args, **options, **kwargs)
 
 

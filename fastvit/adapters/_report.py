@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _extension
+from .. import packs
 from ..dispatch import OPS, Unsupported, use_backend
 from ..fused import activation_name, head_norms, why_not_fused, why_not_skip
 from . import _vit, find_adapter
@@ -36,6 +36,8 @@ class Row:
     refused: dict[str, list[str]] = field(default_factory=dict)
     """For each backend that cannot run it: why."""
     note: str = ""
+    pack_bytes: int = 0
+    """Memory that packed copies of its weights take now, on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +69,26 @@ class Report:
 
 def _why(row: Row) -> list[str]:
     refused = [f"{name}: {'; '.join(reasons)}" for name, reasons in row.refused.items()]
-    return [*row.reasons, *([row.note] if row.note else []), *(refused if row.fused else [])]
+    packed = [f"packed weights: {_megabytes(row.pack_bytes)}"] if row.pack_bytes else []
+    return [*row.reasons, *([row.note] if row.note else []), *packed, *(refused if row.fused else [])]
 
 
 def report(model: nn.Module) -> Report:
     rows = list(_rows(model))
-    note = _pack_note() if rows else f"nothing here is known to fastvit: {type(model).__qualname__} holds no ViT of "
-    if not rows:
-        note += "timm's or fastvit's"
+    unknown = f"nothing here is known to fastvit: {type(model).__qualname__} holds no ViT of timm's or fastvit's"
+    note = _pack_note(rows) if rows else unknown
     return Report(f"{type(model).__qualname__}, {'training' if model.training else 'eval'} mode", rows, note)
 
 
-def _pack_note() -> str:
-    cpp = _extension.cpp()
-    if cpp is None:
+def _pack_note(rows: list[Row]) -> str:
+    own, everything = sum(row.pack_bytes for row in rows), packs.pack_bytes()
+    if not everything:
         return ""
-    info = cpp.pack_cache_info()
-    return f"packed weights kept: {info['entries']}, {info['bytes'] / 2**20:.1f} MB"
+    return f"packed weights kept: {_megabytes(own)} of this model, {_megabytes(everything)} in all"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MB"
 
 
 def _rows(model: nn.Module) -> Iterator[Row]:
@@ -149,7 +154,9 @@ def _row(name: str, op: str, reasons: list[str], module: Any, note: str = "", in
     with use_backend(**(override.options["backend"] if override else {})):
         refused = {backend: why for backend, why in OPS[op].explain(*arguments).items() if why}
         try:
-            return Row(name, op, True, OPS[op].select(*arguments).name, refused=refused, note=note)
+            backend = OPS[op].select(*arguments).name
+            packed = packs.pack_bytes([module.get_parameter(f"{path}.weight") for path in _PACKED.get(op, ())])
+            return Row(name, op, True, backend, refused=refused, note=note, pack_bytes=packed)
         except Unsupported as error:
             return Row(name, op, False, "", [str(error)], refused, note)
 
@@ -160,6 +167,15 @@ _MODULES = {
     "attention_packed": ("attn.q_norm", "attn.k_norm", "attn.norm"),
     "linear_residual": ("attn.proj", "attn.proj_drop", "ls1", "drop_path1"),
     "layernorm_mlp": ("norm2", "mlp", "ls2", "drop_path2"),
+}
+
+
+# The modules whose weights an op packs on a CPU.
+_PACKED = {
+    "patch_embed": ("patch_embed.proj",),
+    "layernorm_linear": ("attn.qkv",),
+    "linear_residual": ("attn.proj",),
+    "layernorm_mlp": ("mlp.fc1", "mlp.fc2"),
 }
 
 

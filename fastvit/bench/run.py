@@ -14,7 +14,7 @@ from . import op_case
 from .model_case import ModelCase
 from .op_case import OpCase
 from .providers import PROVIDERS, Missing, Refused
-from .timing import Candidate, interleave, peak_mb, percentile, ratio_by_round
+from .timing import Candidate, interleave, peak_mb, percentile, ratio_by_round, resident_mb
 
 MODEL_MODES = ("infer", "train")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,7 +86,7 @@ def _measure(
     ready: list[Candidate] = []
     for provider in providers:
         try:
-            ready.append(case.candidate(provider))
+            ready.append(_ready(case, provider))
         except Refused as refusal:
             entry = label | {"provider": provider, "reason": str(refusal)}
             result["refused"].append(entry | {"missing": isinstance(refusal, Missing)})
@@ -113,6 +113,17 @@ def _measure(
         if "model" in label:
             row["images_per_s"] = label["batch"] / seconds
         result["rows"].append(row | {"raw_ms": raw})
+
+
+def _ready(case: OpCase | ModelCase, provider: str) -> Candidate:
+    """Checked and called once. What stays in memory from then on (weights, packs, a runtime's arena) is noted."""
+    before = resident_mb(case.device)
+    candidate = case.candidate(provider)
+    with candidate.context():
+        candidate.call(candidate.prepare())
+    after = resident_mb(case.device)
+    candidate.notes["held_mb"] = None if before is None or after is None else max(0.0, after - before)
+    return candidate
 
 
 def _best_peer(ready: list[Candidate], times: list[list[list[float]]]) -> tuple[str, list[list[float]]] | None:

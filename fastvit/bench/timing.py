@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -91,6 +92,19 @@ def peak_mb(candidate: Candidate, device: torch.device) -> float | None:
             return max(0.0, (_status_kb("VmHWM") - before) * 1024 / 1e6)
         except (OSError, AttributeError):  # not Linux, or not glibc
             return None
+
+
+def resident_mb(device: torch.device) -> float | None:
+    """Memory in use now: allocated on a GPU, resident on a CPU; None where it cannot be known."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated() / 1e6
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        return _status_kb("VmRSS") * 1024 / 1e6
+    except (OSError, AttributeError):
+        return None
 
 
 def _status_kb(key: str) -> int:

@@ -14,7 +14,7 @@ from .. import bench
 from ..testing import VIT_SHAPES
 from . import _common
 
-NUMBERS = ("p50_ms", "p20_ms", "p80_ms", "tflops", "peak_mb", "ratio_to_eager")
+NUMBERS = ("p50_ms", "p20_ms", "p80_ms", "tflops", "held_mb", "peak_mb", "ratio_to_eager")
 MODES = ("fwd", "bwd", "full", "infer", "train")
 
 
@@ -83,6 +83,7 @@ def _tables(result: dict[str, Any]) -> list[Any]:
         ">p20",
         ">p80",
         ">TFLOP/s",
+        ">held MB",
         ">peak MB",
         ">vs eager",
         ">vs best peer",

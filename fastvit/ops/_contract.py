@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .. import _extension
+from .. import _extension, packs
 from ..dispatch import Backend
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,8 +59,9 @@ def cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> tuple[Tensor | N
 
 
 def may_cache(*weights: Tensor | None) -> bool:
-    """Packed copies of weights are kept only where no optimiser is about to change them."""
-    return not (torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in weights))
+    """Packed copies of weights are kept where they are wanted, unless an optimiser is about to change the weights."""
+    trained = torch.is_grad_enabled() and any(weight is not None and weight.requires_grad for weight in weights)
+    return packs.are_kept() and not trained
 
 
 def why_not_device(backend: str, device_type: str, x: Tensor) -> list[str]:
