@@ -127,11 +127,15 @@ def test_double_backward_is_the_reference(op):
         grads = torch.autograd.grad((output * output * weights).sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
 
-    inputs = inputs_of(op)
-    ours, stock = second(getattr(ops, op), inputs), second(getattr(reference, op), inputs)
-    exact = second(getattr(reference, op), cast_inputs(inputs, torch.float64))
-    for a, b, c in zip(ours, stock, exact, strict=True):
-        assert_as_accurate(a, b, c)
+    draws = []
+    for seed in range(8):  # of one draw the ratio of the errors is luck, from 0.4 to 2.9
+        torch.manual_seed(seed)
+        inputs = inputs_of(op)
+        inputs |= {k: torch.randn_like(v).requires_grad_() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+        exact = second(getattr(reference, op), cast_inputs(inputs, torch.float64))
+        draws.append((second(getattr(ops, op), inputs), second(getattr(reference, op), inputs), exact))
+    for ours, stock, exact in zip(*(zip(*runs, strict=True) for runs in zip(*draws, strict=True)), strict=True):
+        assert_as_accurate(torch.stack(ours), torch.stack(stock), torch.stack(exact))
 
 
 @pytest.mark.parametrize("tables", ["pos_embed", "prefix", "both", "patches alone", "none"])
