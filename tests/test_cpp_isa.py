@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +46,18 @@ def test_a_set_that_cannot_run_is_an_error(isa, message):
     outcome = run(isa, "-c", "from fastvit import _C; _C.cpu_capabilities()")
     assert outcome.returncode != 0
     assert message in outcome.stderr
+
+
+@pytest.mark.skipif(
+    shutil.which("objdump") is None or platform.machine() != "x86_64", reason="reads x86-64 machine code"
+)
+@pytest.mark.parametrize("isa", SETS[1:])
+def test_sums_of_the_gemm_stay_in_registers(isa):
+    """A vector type wider than a register would make every multiply-add read and write the stack."""
+    symbol = f"_ZN7fastvit3cpu{len(isa)}{isa}9gemm_fp32ERKNS0_8GemmTileIfEE"
+    command = ["objdump", "--no-show-raw-insn", f"--disassemble={symbol}", C.__file__]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    products = [line for line in code if "vfmadd" in line]
+    assert len(products) > 12, "the function was not found"
+    assert not [line for line in products if "rsp" in line or "rbp" in line]
+    assert not [line for line in code if "vaddss" in line], "a broadcast computes"
