@@ -27,8 +27,8 @@ ARCHES = ("80", "90a", "100")
 STATIC_SHARED_LIMIT = 48 * 1024  # bytes a block, on every architecture
 HOPPER_SHARED_LIMIT = 227 * 1024
 DTYPES, TILES = ("fp32", "fp16", "bf16"), ("large", "ping_pong", "small")
-# A product's name: op, dtype, tile and the shared memory it asks for at the launch; see csrc/cuda/sm90
-PRODUCT = re.compile(r"device_kernel<sm90::(\w+)Kernel<\(DType\)(\d), \(sm90::Tile\)(\d), (\d+)>")
+# A product's name: op, dtype, tile, the residual stream's dtype and the shared memory it asks for; see csrc/cuda/sm90
+PRODUCT = re.compile(r"device_kernel<sm90::(\w+)Kernel<\(DType\)(\d), \(sm90::Tile\)(\d), (?:\(DType\)(\d), )?(\d+)>")
 
 
 def find_nvcc() -> str | None:
@@ -92,10 +92,11 @@ def name_product(row: dict) -> dict:
     if not match:
         return row
     op = re.sub(r"(?<!^)(?=[A-Z])", "_", match[1]).lower()
+    dtype, stream = DTYPES[int(match[2])], DTYPES[int(match[4] or match[2])]
     row |= {
-        "kernel": f"{op} {DTYPES[int(match[2])]} {TILES[int(match[3])]}",
+        "kernel": f"{op} {dtype} {TILES[int(match[3])]}" + (f" {stream} stream" if stream != dtype else ""),
         "module": "sm90",
-        "shared": int(match[4]),
+        "shared": int(match[5]),
     }
     if not row.get("wgmmas"):
         row["problems"] = [*row["problems"], "no wgmma"]

@@ -61,6 +61,8 @@ def test_products_by_their_names(aot, monkeypatch):
         197120,
         [],
     )
+    assert named("(fastvit::DType)2, 197120")["kernel"] == "sm90: linear_act_grad bf16 ping_pong"
+    assert named("(fastvit::DType)0, 197120")["kernel"] == "sm90: linear_act_grad bf16 ping_pong fp32 stream"
     assert named(250000)["problems"] == ["shared memory 250000 above 232448"]
     assert named(197120, wgmmas=0)["problems"] == ["no wgmma"]
 

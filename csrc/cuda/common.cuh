@@ -190,13 +190,6 @@ __device__ inline void block_sum(float (&v)[R], float* shared) {
   }
 }
 
-inline bool aligned(const Matrix& m) {
-  const int64_t bytes = m.stride * (m.dtype == DType::kFloat32 ? 4 : 2);
-  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && bytes % 16 == 0;
-}
-
-inline bool aligned(const Vector& v) { return reinterpret_cast<uintptr_t>(v.data) % 16 == 0; }
-
 inline int multiprocessors(int device) {
   int count = 0;
   cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);

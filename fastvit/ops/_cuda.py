@@ -227,7 +227,7 @@ def _linear_residual(
     """``residual + row_scale * layer_scale * linear(x)``, (M, O) in ``dtype``."""
     x = x.to(weight.dtype)
     cols = weight.shape[0]
-    if residual is not None and not _sm90.why_not(ops, cols, x=x, weight=weight, residual=residual):
+    if residual is not None and not _sm90.why_not(ops, cols, residual, x=x, weight=weight):
         factors = _readable(layer_scale, weight), _row_factors(row_scale, x.shape[0])
         return ops.linear_residual(x, weight, bias, residual, *factors, _sm90.tile("linear_residual", x, cols))
     plain = layer_scale is None and row_scale is None

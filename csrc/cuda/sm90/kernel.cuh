@@ -21,7 +21,9 @@ using RowMajor = cutlass::layout::RowMajor;
 using ColumnMajor = cutlass::layout::ColumnMajor;
 
 template <DType DTYPE>
-using ElementOf = std::conditional_t<DTYPE == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
+using ElementOf =
+    std::conditional_t<DTYPE == DType::kFloat32, float,
+                       std::conditional_t<DTYPE == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>>;
 
 template <Tile TILE>
 struct TileTraits;
@@ -74,16 +76,19 @@ struct EpilogueParts {
   using Compute = fusion::Sm90Compute<Fn, Out, float, kRound>;
 };
 
+// `Source` is the residual's type, which the result takes over, or void.
 template <typename Element, Tile TILE, typename WeightLayout, typename Tree, typename Source = void>
 struct Product {
   using Traits = TileTraits<TILE>;
   using Shape = TileShape<TILE>;
+  using Out = std::conditional_t<cute::is_void_v<Source>, Element, Source>;
   static constexpr int kAlignment = 128 / cutlass::sizeof_bits_v<Element>;
+  static constexpr int kOutAlignment = 128 / cutlass::sizeof_bits_v<Out>;
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Shape, typename Traits::Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float, Source, RowMajor, kAlignment, Element, RowMajor,
-      kAlignment, typename Traits::EpilogueSchedule, Tree>::CollectiveOp;
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, Source, RowMajor, kOutAlignment, Out, RowMajor,
+      kOutAlignment, typename Traits::EpilogueSchedule, Tree>::CollectiveOp;
   using MainLoop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, kAlignment, Element, WeightLayout,
       kAlignment, float, Shape, typename Traits::Cluster,
