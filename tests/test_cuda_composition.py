@@ -305,7 +305,11 @@ def test_reasons_against_the_products(passes, monkeypatch):
         ("x has 63 columns, Hopper's products take multiples of 8", 16, x[:, :63], weight),
         ("x's rows do not start at multiples of 16 bytes", 16, x[:, 4:60], weight[:, :56]),
         ("weight's rows do not start at multiples of 16 bytes", 16, x, torch.randn(64, 16).bfloat16().t()),
+        ("x's rows overlap, Hopper's products take a stride of 64 or more", 16, x[:1].expand(8, 64), weight),
+        ("x has 0 columns, Hopper's products take multiples of 8", 16, x[:, :0], weight[:, :0]),
     ]
+    odd_stride = torch.randn(67).bfloat16().as_strided((1, 64), (67, 1))
+    assert _sm90.why_not(_cuda.ops, 16, x=odd_stride, weight=weight) == []  # a single row has no next one
     for reason, cols, left, right in cases:
         assert any(reason in found for found in _sm90.why_not(_cuda.ops, cols, x=left, weight=right)), reason
     wide, half = torch.randn(8, 16), torch.randn(8, 16).half()

@@ -100,6 +100,8 @@ def test_rows_of_a_larger_buffer(device):
     wide = device.draw(rows, cols, slices=True)
     prove(device, "linear_residual", x, weight, None, wide, None, None, "ping_pong", stock=autocast_linear_residual)
     prove(device, "linear_act_grad", x, part(depth, cols), part(rows, cols), "gelu", True, BF16, "large")
+    single = device.draw(67, dtype=BF16).as_strided((1, depth), (67, 1))  # the stride of one row means nothing
+    prove(device, "linear_act", single, weight, None, None, None, None, "gelu", True, "small")
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -165,6 +167,10 @@ def test_errors_name_tensor_rule_and_what_came(device):
         linear(weight=weight[:15])
     with pytest.raises(RuntimeError, match="x is misaligned, expected rows that start at multiples of 16 bytes"):
         linear(x=x[:, 1:57], weight=weight[:, :56])
+    with pytest.raises(RuntimeError, match="x has no columns, expected at least 8"):
+        linear(x=x[:, :0], weight=weight[:, :0])
+    with pytest.raises(RuntimeError, match="x has rows that overlap, expected a stride of 64 or more"):
+        linear(x=x[:1].expand(8, 64))
     with pytest.raises(RuntimeError, match="act is 'relu', expected 'gelu', 'gelu_tanh' or 'quick_gelu'"):
         linear(act="relu")
     with pytest.raises(RuntimeError, match="tile is 'huge', expected 'large', 'ping_pong' or 'small'"):

@@ -60,10 +60,14 @@ def why_not(ops: Any, cols: int, residual: Tensor | None = None, **matrices: Ten
 
 
 def _why_not_read(name: str, matrix: Tensor) -> list[str]:
-    if matrix.shape[1] % 8:
-        return [f"{name} has {matrix.shape[1]} columns, Hopper's products take multiples of 8"]
-    if matrix.stride(1) != 1 or matrix.stride(0) * matrix.element_size() % 16 or matrix.data_ptr() % 16:
+    rows, cols = matrix.shape
+    if cols % 8 or cols == 0:
+        return [f"{name} has {cols} columns, Hopper's products take multiples of 8"]
+    stride = cols if rows == 1 else matrix.stride(0)  # that of a single row may be anything
+    if matrix.stride(1) != 1 or stride * matrix.element_size() % 16 or matrix.data_ptr() % 16:
         return [f"{name}'s rows do not start at multiples of 16 bytes, as Hopper's products read them"]
+    if stride < cols:
+        return [f"{name}'s rows overlap, Hopper's products take a stride of {cols} or more"]
     return []
 
 

@@ -1,7 +1,7 @@
 // A persistent, warp-specialised product on TMA and wgmma, put together from CUTLASS's parts: tiles, main loop, launch.
 #pragma once
 
-#include <cutlass/gemm/device/gemm_universal_adapter.h>
+#include <cutlass/device_kernel.h>
 
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
@@ -107,35 +107,46 @@ Element* data(const Matrix& m) {
 // A row-major matrix's stride as CUTLASS writes it.
 inline cute::Stride<int64_t, _1, int64_t> row_stride(const Matrix& m) { return {m.stride, _1{}, 0}; }
 
-inline cudaError_t outcome(cutlass::Status status) {
-  const cudaError_t error = cudaGetLastError();
-  if (status == cutlass::Status::kSuccess || error != cudaSuccess) return error;
-  return status == cutlass::Status::kErrorInvalidProblem || status == cutlass::Status::kErrorMisalignedOperand
-             ? cudaErrorInvalidValue
-             : cudaErrorLaunchFailure;
+// Not CUTLASS's own adapter, which keeps the reason of a refused launch to itself.
+template <typename Kernel>
+cudaError_t launch(typename Kernel::Params const& params, cudaStream_t stream) {
+  using Cluster = typename Kernel::ClusterShape;
+  auto* kernel = &cutlass::device_kernel<Kernel>;
+  constexpr int kShared = Kernel::SharedStorageSize;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (error == cudaSuccess) {
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {cute::size<0>(Cluster{}), cute::size<1>(Cluster{}), 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = Kernel::get_grid_shape(params);
+    config.blockDim = Kernel::get_block_shape();
+    config.dynamicSmemBytes = kShared;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = cute::size(Cluster{}) > 1;
+    error = cudaLaunchKernelEx(&config, kernel, params);
+  }
+  const cudaError_t pending = cudaGetLastError();
+  return error != cudaSuccess ? error : pending;
 }
 
 // `Kernel` is a Product's kernel under a name of its own, `Params` one of gemm.h's.
 template <typename Kernel, typename Element, typename Params, typename EpilogueArguments>
 cudaError_t launch(const Params& p, const Matrix& x, EpilogueArguments const& epilogue, cudaStream_t stream) {
-  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
-  using StrideB = typename Kernel::StrideB;  // of the weight as (N, K)
-  StrideB stride{};
+  typename Kernel::StrideB stride{};  // of the weight as (N, K)
   if constexpr (cute::is_same_v<cute::remove_cvref_t<decltype(cute::get<0>(stride))>, int64_t>) {
     cute::get<0>(stride) = p.weight.stride;
   } else {
     cute::get<1>(stride) = p.weight.stride;
   }
-  typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
-                                     {int(p.rows), int(p.cols), int(p.depth)},
-                                     {data<Element>(x), row_stride(x), data<Element>(p.weight), stride},
-                                     epilogue,
-                                     {p.device, multiprocessors(p.device)}};
-  Gemm gemm;
-  cutlass::Status status = Gemm::can_implement(arguments);
-  if (status == cutlass::Status::kSuccess) status = gemm.initialize(arguments, nullptr, stream);
-  if (status == cutlass::Status::kSuccess) status = gemm.run(stream);
-  return outcome(status);
+  typename Kernel::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
+                                       {int(p.rows), int(p.cols), int(p.depth)},
+                                       {data<Element>(x), row_stride(x), data<Element>(p.weight), stride},
+                                       epilogue,
+                                       {p.device, multiprocessors(p.device)}};
+  if (!Kernel::can_implement(arguments)) return cudaErrorInvalidValue;
+  return launch<Kernel>(Kernel::to_underlying_arguments(arguments, nullptr), stream);
 }
 
 }  // namespace fastvit::sm90

@@ -1,4 +1,4 @@
-// The float16 kernels of linear_residual.cuh, beside either residual stream.
+// The float16 kernels of linear_residual.cuh.
 #include "cuda/sm90/linear_residual.cuh"
 
 namespace fastvit::sm90 {
@@ -6,10 +6,6 @@ namespace fastvit::sm90 {
 template cudaError_t launch_linear_residual<DType::kFloat16, Tile::kPingPong, DType::kFloat16>(const LinearResidual&,
                                                                                                cudaStream_t);
 template cudaError_t launch_linear_residual<DType::kFloat16, Tile::kSmall, DType::kFloat16>(const LinearResidual&,
-                                                                                            cudaStream_t);
-template cudaError_t launch_linear_residual<DType::kFloat16, Tile::kPingPong, DType::kFloat32>(const LinearResidual&,
-                                                                                               cudaStream_t);
-template cudaError_t launch_linear_residual<DType::kFloat16, Tile::kSmall, DType::kFloat32>(const LinearResidual&,
                                                                                             cudaStream_t);
 
 }  // namespace fastvit::sm90

@@ -24,6 +24,8 @@ Tile tile_of(const Checks& checks, const std::string& name, DType dtype, bool ba
 Matrix tma(const Checks& checks, const char* name, const Matrix& m, int64_t cols) {
   checks.expect(cols % 8 == 0,
                 std::string(name) + " has " + std::to_string(cols) + " columns, expected a multiple of 8");
+  checks.expect(m.stride >= cols, std::string(name) + " has rows that overlap, expected a stride of " +
+                                      std::to_string(cols) + " or more");
   checks.expect(aligned(m), std::string(name) + " is misaligned, expected rows that start at multiples of 16 bytes");
   return m;
 }
@@ -32,6 +34,7 @@ Matrix tma(const Checks& checks, const char* name, const Matrix& m, int64_t cols
 Matrix tma(const Checks& checks, const char* name, const Matrix& m, int64_t cols, DType dtype) {
   checks.expect(m.dtype != DType::kFloat32, std::string(name) + " is float32, expected 16 bits");
   checks.same_dtype(name, m.dtype, "x", dtype);
+  checks.expect(cols > 0, std::string(name) + " has no columns, expected at least 8");
   return tma(checks, name, m, cols);
 }
 
@@ -73,7 +76,7 @@ std::tuple<Tensor, Tensor> linear_act(Tensor x, Tensor weight, MaybeTensor bias,
   p.device = x.get_device_index();
   Tensor y = empty(x, {p.rows, p.cols}, x.scalar_type());
   Tensor h = save ? empty(x, {p.rows, p.cols}, x.scalar_type()) : nothing(x);
-  p.y = tma(checks, "y", checks.matrix("y", y), p.cols, p.x.dtype);
+  p.y = tma(checks, "y", checks.matrix("y", y), p.cols);
   if (save) p.h = checks.matrix("h", h);
   if (p.rows == 0 || p.cols == 0) return {y, h};
   check_launch("linear_act", with_tile<false>(p.x.dtype, p.tile, [&]<DType DTYPE, Tile TILE>() {
