@@ -43,12 +43,16 @@ def layernorm_linear_bwd(
     norm_bias: Tensor | None,
     weight: Tensor,
     mask: list[bool],
+    dresidual: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, norm_weight, norm_bias, weight, bias; an empty tensor where ``mask`` says no."""
-    dout = _rows(dout)
+    """Gradients of x, norm_weight, norm_bias, weight, bias; an empty tensor where ``mask`` says no.
+
+    ``dresidual``, like x, is added to x's: the gradient that the residual connection around the branch brings.
+    """
+    dout, dresidual = _rows(dout), None if dresidual is None else _rows(dresidual)
     dbias = ops.column_sum(dout, weight.dtype) if mask[4] else None
     norm = (x, mean, rstd, norm_weight, norm_bias)
-    dx, dnorm_weight, dnorm_bias, dweight = _norm_linear_grads(dout, *norm, weight, None, mask[:4])
+    dx, dnorm_weight, dnorm_bias, dweight = _norm_linear_grads(dout, *norm, weight, dresidual, mask[:4])
     return _given(x, (dx, dnorm_weight, dnorm_bias, dweight, dbias))
 
 
