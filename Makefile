@@ -1,7 +1,7 @@
 # Every target sets up what it needs, so that each of them works in a fresh clone. Variables worth knowing:
 #   OFFLINE=1   fetch nothing; use python3 and what it has (also chosen when python3 already has a CUDA torch)
 #   MAX_JOBS=n  compiler processes      ARGS=...  passed on by demo, bench, aot and gpu
-#   STAGES=...  a part of `make gpu`: build,test,calibrate,bench
+#   STAGES=...  a part of `make gpu`: build,test,sanitize,calibrate,bench
 VENV ?= .venv
 PYTHON := $(shell OFFLINE=$(OFFLINE) .ci/python $(VENV))
 IN_VENV := $(filter $(VENV)/%,$(PYTHON))

@@ -3,7 +3,8 @@
 python benchmarks/aot_cuda.py [--arch 90a] [--json] [name ...]      exits 1 when a kernel spills
 
 Read from the built library (fastvit/_cuda.stable.so) where it is newer than its sources; its kernels for Hopper take
-minutes to compile. Otherwise, and for single files, the .cu files of csrc/cuda are compiled, without Hopper's products.
+minutes to compile. Otherwise, for single files and for the other architectures (86, 89, 120), the .cu files of
+csrc/cuda are compiled, without Hopper's products. A pass of 8 elements a thread has to load and store 16 bytes.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ LIBRARY = ROOT / "fastvit" / "_cuda.stable.so"
 ARCHES = ("80", "90a", "100")
 STATIC_SHARED_LIMIT = 48 * 1024  # bytes a block, on every architecture
 HOPPER_SHARED_LIMIT = 227 * 1024
+# The kernels that take 8 elements a thread; the others read and write one
+VECTOR_KERNEL = re.compile(r"pass_kernel<8,|(fold_norm|layer_scale_bwd)_kernel<\w+, 8>|layernorm_(fwd|bwd)_kernel<")
 DTYPES, TILES = ("fp32", "fp16", "bf16"), ("large", "ping_pong", "small")
-# A product's name: op, dtype, tile and the shared memory it asks for at the launch; see csrc/cuda/sm90
-PRODUCT = re.compile(r"device_kernel<sm90::(\w+)Kernel<\(DType\)(\d), \(sm90::Tile\)(\d), (\d+)>")
+# A product's name: op, dtype, tile, the residual stream's dtype and the shared memory it asks for; see csrc/cuda/sm90
+PRODUCT = re.compile(r"device_kernel<sm90::(\w+)Kernel<\(DType\)(\d), \(sm90::Tile\)(\d), (?:\(DType\)(\d), )?(\d+)>")
 
 
 def find_nvcc() -> str | None:
@@ -59,11 +62,10 @@ def read_library(library: Path, arch: str) -> list[dict]:
         command = [tool, "--gpu-architecture", f"sm_{arch}", what, str(library)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-    wgmmas = count_wgmmas(ask("--dump-sass")) if arch.startswith("9") else {}
-    return list(parse_usage(ask("--dump-resource-usage"), wgmmas, arch))
+    return list(parse_usage(ask("--dump-resource-usage"), count_instructions(ask("--dump-sass")), arch))
 
 
-def parse_usage(text: str, wgmmas: dict[str, int], arch: str) -> Iterator[dict]:
+def parse_usage(text: str, instructions: dict[str, dict], arch: str) -> Iterator[dict]:
     """Rows from cuobjdump's resource usage. What spills, and any other local array, shows as STACK or LOCAL."""
     for name, usage in re.findall(r"Function (\w+):\s*\n\s*(REG:.*)", text):
         used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
@@ -75,15 +77,32 @@ def parse_usage(text: str, wgmmas: dict[str, int], arch: str) -> Iterator[dict]:
             "shared": used["SHARED"],
             "spills": used["STACK"] + used["LOCAL"],
         }
-        if wgmmas.get(name):
-            row |= {"wgmmas": wgmmas[name], "matrix": "wgmma.mma_async"}
+        row |= instructions.get(name, {})
         yield row | {"problems": problems(row)}
 
 
-def count_wgmmas(sass: str) -> dict[str, int]:
-    """HGMMA instructions of each kernel in cuobjdump's listing."""
+def count_instructions(sass: str) -> dict[str, dict]:
+    """Each kernel's matrix instructions, and (wide, all) loads and stores, in cuobjdump's listing; wide is 16 bytes."""
+    found: dict[str, dict] = {}
     parts = re.split(r"Function : (\w+)", sass)[1:]
-    return {name: body.count("HGMMA") for name, body in zip(parts[::2], parts[1::2], strict=True)}
+    for name, body in zip(parts[::2], parts[1::2], strict=True):
+        moves = {key: re.findall(rf"\b{key}\.E[.\w]*", body) for key in ("LDG", "STG")}
+        row: dict = {key: (sum(".128" in move for move in each), len(each)) for key, each in moves.items()}
+        if "HGMMA" in body:
+            row |= {"wgmmas": body.count("HGMMA"), "matrix": "wgmma.mma_async"}
+        found[name] = row
+    return found
+
+
+def check_width(row: dict) -> list[str]:
+    """What a kernel named as one of vectors moves in smaller pieces. Row statistics are single numbers."""
+    if not VECTOR_KERNEL.search(row["kernel"]) or "STG" not in row:
+        return []
+    narrow = [f"no 16-byte {word}" for key, word in (("LDG", "load"), ("STG", "store")) if not row[key][0]]
+    wide, every = row["STG"]
+    if row["kernel"].startswith("pass_kernel") and wide < every:
+        narrow.append(f"{every - wide} of {every} stores below 16 bytes")
+    return narrow
 
 
 def name_product(row: dict) -> dict:
@@ -92,10 +111,11 @@ def name_product(row: dict) -> dict:
     if not match:
         return row
     op = re.sub(r"(?<!^)(?=[A-Z])", "_", match[1]).lower()
+    dtype, stream = DTYPES[int(match[2])], DTYPES[int(match[4] or match[2])]
     row |= {
-        "kernel": f"{op} {DTYPES[int(match[2])]} {TILES[int(match[3])]}",
+        "kernel": f"{op} {dtype} {TILES[int(match[3])]}" + (f" {stream} stream" if stream != dtype else ""),
         "module": "sm90",
-        "shared": int(match[4]),
+        "shared": int(match[5]),
     }
     if not row.get("wgmmas"):
         row["problems"] = [*row["problems"], "no wgmma"]
@@ -107,12 +127,19 @@ def name_product(row: dict) -> dict:
 def compile_source(source: Path, arch: str) -> list[dict]:
     """One row a kernel of ``source`` on sm_``arch``."""
     with tempfile.TemporaryDirectory() as work:
-        target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", f"{work}/kernels.cubin"]
+        cubin = f"{work}/kernels.cubin"
+        target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", cubin]
         flags = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas=-v"]
         done = subprocess.run([find_nvcc() or "nvcc", *flags, *target, str(source)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"aot: {source.name} does not compile for sm_{arch}\n{done.stderr}")
-    return list(parse_ptxas(done.stderr, source.stem, arch))
+        if done.returncode:
+            raise RuntimeError(f"aot: {source.name} does not compile for sm_{arch}\n{done.stderr}")
+        instructions = {}
+        if find_cuobjdump():
+            listing = subprocess.run(
+                [find_cuobjdump(), "--dump-sass", cubin], capture_output=True, text=True, check=True
+            )
+            instructions = count_instructions(listing.stdout)
+    return [row | instructions.get(row["kernel"], {}) for row in parse_ptxas(done.stderr, source.stem, arch)]
 
 
 def parse_ptxas(log: str, file: str, arch: str) -> Iterator[dict]:
@@ -159,8 +186,8 @@ def rows(names: Iterable[str] = (), arches: Iterable[str] = ARCHES) -> list[dict
 
     Where nvcc is missing there are none, and a line says so.
     """
-    names = list(names)
-    if not names and is_fresh(LIBRARY) and find_cuobjdump():
+    names, arches = list(names), list(arches)
+    if not names and set(arches) <= set(ARCHES) and is_fresh(LIBRARY) and find_cuobjdump():
         return named([row for arch in arches for row in read_library(LIBRARY, arch)])
     if find_nvcc() is None:
         print("aot: skipping the CUDA kernels: nvcc is not on the PATH, nor under CUDA_HOME", file=sys.stderr)
@@ -170,7 +197,7 @@ def rows(names: Iterable[str] = (), arches: Iterable[str] = ARCHES) -> list[dict
     jobs = [(source, arch) for source in sources for arch in arches]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         found = [row for part in pool.map(lambda job: compile_source(*job), jobs) for row in part]
-    if not names:
+    if not names and not is_fresh(LIBRARY):
         print(f"aot: {LIBRARY.name} is older than its sources: Hopper's products are left out", file=sys.stderr)
     return named(found)
 
@@ -178,6 +205,7 @@ def rows(names: Iterable[str] = (), arches: Iterable[str] = ARCHES) -> list[dict
 def named(found: list[dict]) -> list[dict]:
     for row, name in zip(found, demangle(row["kernel"] for row in found), strict=True):
         row |= name_product(row | {"kernel": name})
+        row["problems"] = [*row["problems"], *check_width(row)]
         row["kernel"] = f"{row['module']}: {row['kernel']}"
     return found
 
@@ -185,17 +213,18 @@ def named(found: list[dict]) -> list[dict]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="files of csrc/cuda, without .cu; default all")
-    parser.add_argument("--arch", action="append", help="80, 90a or 100, once each; default all")
+    parser.add_argument("--arch", action="append", help="80, 90a, 100; also 86, 89, 120; default the first three")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     options = parser.parse_args(argv)
     found = rows(options.names, options.arch or ARCHES)
     if options.json:
         print(json.dumps(found, indent=1))
     else:
-        print(f"{'arch':>4} {'regs':>5} {'shared':>7} {'spills':>6} {'HGMMA':>5} kernel")
+        print(f"{'arch':>4} {'regs':>5} {'shared':>7} {'spills':>6} {'HGMMA':>5} {'LDG.128':>7} {'STG.128':>7} kernel")
         for row in found:
             numbers = f"{row['arch']:>4} {row['registers']:>5} {row['shared']:>7} {row['spills']:>6}"
             numbers += f" {row.get('wgmmas', '-'):>5}"
+            numbers += "".join(f" {'/'.join(map(str, row.get(key, '-'))):>7}" for key in ("LDG", "STG"))
             print(f"{numbers} {row['kernel']}" + "".join(f"  FAILED: {problem}" for problem in row["problems"]))
     failed = sum(bool(row["problems"]) for row in found)
     print(f"{len(found) - failed} passed, {failed} failed", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Everything there is to learn from a GPU, in at most ten minutes and with nothing to download.
 
-    make gpu                                build, test, calibrate, bench
+    make gpu                                build, test, sanitize, calibrate, bench
     make gpu STAGES=bench ARGS="--jobs train"
 
 Each stage runs as a process of its own within its own time, so that one that fails or hangs takes nothing with it.
@@ -25,8 +25,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu"
 TOTAL_SECONDS = 590.0
-STAGES = {"build": 150.0, "test": 130.0, "calibrate": 40.0, "bench": 270.0}  # seconds, in order; sums to the total
+# Seconds, in order; they sum to the total.
+STAGES = {"build": 150.0, "test": 120.0, "sanitize": 60.0, "calibrate": 45.0, "bench": 215.0}
 TEST_PROCESSES = 5
+SANITIZERS = ("memcheck", "racecheck")
+FOUND = 9  # exit code of compute-sanitizer when it found something
 
 
 def main() -> int:
@@ -93,6 +96,8 @@ def run_stage(name: str, limit: float, args: argparse.Namespace, result: dict[st
             return build(limit)
         if name == "test":
             return test(limit, args.rehearse, result)
+        if name == "sanitize":
+            return sanitize(limit, args.rehearse)
         if name == "calibrate":
             return calibrate(limit, args.rehearse, result)
         return bench(limit, args, result)
@@ -169,6 +174,36 @@ def run_pytest(limit: float) -> dict[str, Any]:
 
     with ThreadPoolExecutor(TEST_PROCESSES) as pool:
         return {path.name: outcome for path, outcome in zip(files, pool.map(one, files), strict=True)}
+
+
+def sanitize(limit: float, rehearse: bool) -> dict[str, Any]:
+    """compute-sanitizer over every kernel at small sizes, its tools side by side; without it the kernels alone."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    tool = find_sanitizer()
+    if tool is None:
+        print("sanitize: compute-sanitizer is neither on the PATH nor under CUDA_HOME: the kernels run unwatched")
+    jobs = [(part, check) for part in ("cuda", "triton") for check in (SANITIZERS if tool else ("unwatched",))]
+
+    def one(job: tuple[str, str]) -> dict[str, Any]:
+        part, check = job
+        watch = [tool, "--tool", check, "--error-exitcode", str(FOUND)] if tool else []
+        command = [*watch, sys.executable, "benchmarks/gpu_sanitize.py", part, *["--rehearse"] * rehearse]
+        # Without PyTorch's cache each tensor is an allocation of its own, and a step beyond it is seen
+        code, output = run(command, limit, f"sanitize-{part}-{check}", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        last = (output.strip().splitlines() or [""])[-1]
+        state = {None: "out of time", 0: "clean", FOUND: "FOUND ERRORS"}.get(code, f"exit {code}")
+        print(f"{part} {check}: {state}: {last}", flush=True)
+        return {"exit": code, "summary": last, "output": "" if code == 0 else output}
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        found = {" ".join(job): outcome for job, outcome in zip(jobs, pool.map(one, jobs), strict=True)}
+    return {"ok": all(outcome["exit"] == 0 for outcome in found.values()), "watched": tool is not None, "runs": found}
+
+
+def find_sanitizer() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin")
 
 
 def calibrate(limit: float, rehearse: bool, result: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvit import _extension
-from fastvit.bench.timing import Candidate, interleave, percentile
+from fastvit.bench.timing import Candidate, interleave, percentile, ratio_by_round
 from fastvit.ops import _sm90, _tiles
 
 ROUNDS = 5
@@ -52,19 +52,34 @@ class Calibration:
         bytes_moved: float = 0.0,
     ) -> None:
         """Add a row; what does not run on this device gets a row that says so."""
+        self.compare([Candidate(name, call, prepare)], flops, bytes_moved)
+
+    def compare(self, candidates: list[Candidate], flops: float = 0.0, bytes_moved: float = 0.0) -> None:
+        """Add a row each, timed in turns; ``ratio`` is how many times faster than the first, round by round."""
+        candidates = [candidate for candidate in candidates if self.runs(candidate)]
+        times = interleave(candidates, ROUNDS, self.device)
+        for candidate, raw in zip(candidates, times, strict=True):
+            samples = [sample for samples in raw for sample in samples]
+            seconds = statistics.median(samples) / 1000
+            row: dict[str, Any] = {"name": candidate.provider, "dtype": "bfloat16", "batch": self.batch}
+            row |= {f"p{share}_ms": percentile(samples, share / 100) for share in (50, 20, 80)}
+            row |= {"tflops": flops / seconds / 1e12 or None, "gbps": bytes_moved / seconds / 1e9 or None}
+            ratio = statistics.median(ratio_by_round(times[0], raw))
+            self.rows.append(row | {"ratio": ratio, "raw_ms": raw})
+            rate = f"{row['tflops']:.0f} TFLOP/s" if flops else f"{row['gbps']:.0f} GB/s"
+            faster = f"  {ratio:.2f}x {candidates[0].provider}" if candidate is not candidates[0] else ""
+            print(f"{candidate.provider:<28} {row['p50_ms']:9.3f} ms  {rate}{faster}", flush=True)
+
+    def runs(self, candidate: Candidate) -> bool:
+        """Whether it does; a row says why not."""
         try:
-            raw = interleave([Candidate(name, call, prepare)], ROUNDS, self.device)[0]
+            candidate.call(candidate.prepare())
         except (RuntimeError, NotImplementedError) as error:
-            self.rows.append({"name": name, "unavailable": str(error).partition("\n")[0][:200]})
-            return
-        samples = [sample for samples in raw for sample in samples]
-        seconds = statistics.median(samples) / 1000
-        row: dict[str, Any] = {"name": name, "dtype": "bfloat16", "batch": self.batch}
-        row |= {f"p{share}_ms": percentile(samples, share / 100) for share in (50, 20, 80)}
-        row |= {"tflops": flops / seconds / 1e12 or None, "gbps": bytes_moved / seconds / 1e9 or None, "raw_ms": raw}
-        self.rows.append(row)
-        rate = f"{row['tflops']:.0f} TFLOP/s" if flops else f"{row['gbps']:.0f} GB/s"
-        print(f"{name:<24} {row['p50_ms']:9.3f} ms  {rate}", flush=True)
+            reason = str(error).partition("\n")[0][:200]
+            self.rows.append({"name": candidate.provider, "unavailable": reason})
+            print(f"{candidate.provider:<28} unavailable: {reason}", flush=True)
+            return False
+        return True
 
     def run(self) -> None:
         self.copy()
@@ -121,50 +136,61 @@ class Calibration:
         self.time("layer-norm-bwd", backward, forward, bytes_moved=3 * size)
 
     def passes(self) -> None:
-        """The LayerNorm kernels alone. Bytes: x and y forward; dy, x and dx backward."""
-        ops, x, dy = torch.ops.fastvit_cuda, self.randn(self.batch * 197, 768), self.randn(self.batch * 197, 768)
-        weight, bias = self.randn(768), self.randn(768)
-        mean, rstd = ops.row_stats(x, 1e-6)
-        size = 2.0 * x.numel()
-        self.time(
-            "fastvit-layernorm-fwd",
-            lambda _: ops.layernorm_fwd(x, weight, bias, 1e-6, self.dtype),
-            bytes_moved=2 * size,
-        )
-        self.time(
-            "fastvit-layernorm-bwd",
-            lambda _: ops.layernorm_bwd(dy, x, mean, rstd, weight, bias, None, True, False),
-            bytes_moved=3 * size,
-        )
+        """The LayerNorm kernels alone. Bytes: x and y forward; dy, x and dx backward, dresidual where there is one."""
+        ops, rows = torch.ops.fastvit_cuda, self.batch * 197
+        dy, weight, bias = self.randn(rows, 768), self.randn(768), self.randn(768)
+        for stream in (self.dtype, torch.float32):  # as autocast keeps the residual stream
+            x = self.randn(rows, 768).to(stream)
+            mean, rstd = ops.row_stats(x, 1e-6)
+            narrow, wide = 2.0 * x.numel(), float(x.numel() * x.element_size())
+            name = "fastvit-layernorm" + ("" if stream == self.dtype else "-fp32-stream")
+            self.time(
+                f"{name}-fwd",
+                lambda _, x=x: ops.layernorm_fwd(x, weight, bias, 1e-6, self.dtype),
+                bytes_moved=wide + narrow,
+            )
+            for suffix, dresidual in (("", None), ("-residual", x)):
+                self.time(
+                    f"{name}-bwd{suffix}",
+                    lambda _, given=(dy, x, mean, rstd, weight, bias, dresidual): ops.layernorm_bwd(
+                        *given, True, False
+                    ),
+                    bytes_moved=narrow + wide * (2 if dresidual is None else 3),
+                )
 
     def products(self) -> None:
         """fc1 + bias + GELU, fc2 + bias + residual and fc2's gradient through GELU: stock calls, and ours by tile."""
         ops, rows = torch.ops.fastvit_cuda, self.batch * 197
         x, h, weight, back = (self.randn(*size) for size in ((rows, 768), (rows, 3072), (3072, 768), (768, 3072)))
         wide, narrow = self.randn(3072), self.randn(768)
+        stream = x.float()
         flops = 2.0 * rows * 768 * 3072
-        self.time("fc1-gelu-stock", lambda _: F.gelu(torch.addmm(wide, x, weight.t())), flops=flops)
-        self.time("fc2-residual-stock", lambda _: x + torch.addmm(narrow, h, back.t()), flops=flops)
-        self.time("fc2-dgrad-gelu-stock", lambda _: torch.ops.aten.gelu_backward(x @ back, h).sum(0), flops=flops)
-        if _sm90.why_not_built():
-            return
-        for tile in (tile.name for tile in _tiles.FORWARD["bfloat16"]):
-            self.time(
-                f"fc1-gelu-{tile}",
-                lambda _, tile=tile: ops.linear_act(x, weight, wide, None, None, None, "gelu", True, tile),
-                flops=flops,
-            )
-            self.time(
-                f"fc2-residual-{tile}",
-                lambda _, tile=tile: ops.linear_residual(h, back, narrow, x, None, None, tile),
-                flops=flops,
-            )
-        for tile in (tile.name for tile in _tiles.BACKWARD["bfloat16"]):
-            self.time(
-                f"fc2-dgrad-gelu-{tile}",
-                lambda _, tile=tile: ops.linear_act_grad(x, back, h, "gelu", True, self.dtype, tile),
-                flops=flops,
-            )
+        forward = backward = []
+        if not _sm90.why_not_built():
+            forward = [tile.name for tile in _tiles.FORWARD["bfloat16"]]
+            backward = [tile.name for tile in _tiles.BACKWARD["bfloat16"]]
+
+        def linear_act(_: Any, tile: str) -> Any:
+            return ops.linear_act(x, weight, wide, None, None, None, "gelu", True, tile)
+
+        def linear_residual(_: Any, tile: str, residual: Tensor = x) -> Any:
+            return ops.linear_residual(h, back, narrow, residual, None, None, tile)
+
+        def linear_act_grad(_: Any, tile: str) -> Any:
+            return ops.linear_act_grad(x, back, h, "gelu", True, self.dtype, tile)
+
+        def by_tile(name: str, call: Callable[..., Any], tiles: list[str], **more: Any) -> list[Candidate]:
+            return [Candidate(f"{name}-{tile}", functools.partial(call, tile=tile, **more)) for tile in tiles]
+
+        stock = Candidate("fc1-gelu-stock", lambda _: F.gelu(torch.addmm(wide, x, weight.t())))
+        self.compare([stock, *by_tile("fc1-gelu", linear_act, forward)], flops)
+        stock = Candidate("fc2-residual-stock", lambda _: x + torch.addmm(narrow, h, back.t()))
+        self.compare([stock, *by_tile("fc2-residual", linear_residual, forward)], flops)
+        stock = Candidate("fc2-residual-fp32-stream-stock", lambda _: stream + torch.addmm(narrow, h, back.t()))
+        ours = by_tile("fc2-residual-fp32-stream", linear_residual, forward, residual=stream)
+        self.compare([stock, *ours], flops)
+        stock = Candidate("fc2-dgrad-gelu-stock", lambda _: torch.ops.aten.gelu_backward(x @ back, h).sum(0))
+        self.compare([stock, *by_tile("fc2-dgrad-gelu", linear_act_grad, backward)], flops)
 
 
 def ceilings(rows: list[dict[str, Any]]) -> Iterator[tuple[str, float]]:

@@ -26,6 +26,13 @@ struct Vector {
   DType dtype = DType::kFloat32;
 };
 
+// Whether every row starts at a multiple of 16 bytes.
+inline bool aligned(const Matrix& m) {
+  const int64_t bytes = m.stride * (m.dtype == DType::kFloat32 ? 4 : 2);
+  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && bytes % 16 == 0;
+}
+inline bool aligned(const Vector& v) { return reinterpret_cast<uintptr_t>(v.data) % 16 == 0; }
+
 // y = (x - mean) * rstd * weight + bias
 struct LayerNormFwd {
   Matrix x;             // (M, E)

@@ -257,7 +257,7 @@ def attention_residual(block: Any, x: Tensor, attn_mask: Tensor | None = None, i
     attn = block.attn
     if _why_not_attention_module(attn):
         return _add_branch(block, 1, x, _call_attention(attn, block.norm1(x), attn_mask, is_causal))
-    qkv = _norm_linear(block.norm1, "norm1", attn.qkv, "attn.qkv", x)
+    qkv, x = _norm_linear(block.norm1, "norm1", attn.qkv, "attn.qkv", x)
     return _project_attention(block, attend_packed(attn, qkv, attn_mask, is_causal), x)
 
 
@@ -282,7 +282,7 @@ def mlp_residual(block: Any, x: Tensor, memory: str = "default") -> Tensor:
         )
     if why_not_skip(mlp, "mlp", "Mlp", "GluMlp"):
         return _add_branch(block, 2, x, mlp(norm(x)))
-    hidden = _norm_linear(norm, "norm2", mlp.fc1, "mlp.fc1", x)
+    hidden, x = _norm_linear(norm, "norm2", mlp.fc1, "mlp.fc1", x)
     hidden = mlp.drop1(gated_activation(mlp, hidden) if kind_of(mlp) == "GluMlp" else mlp.act(hidden))
     if getattr(mlp, "norm", None) is not None:
         hidden = mlp.norm(hidden)
@@ -345,10 +345,11 @@ def _project(
     return linear_residual(x, linear.weight, linear.bias, residual, layer_scale=gamma, row_scale=row_scale)
 
 
-def _norm_linear(norm: Any, norm_name: str, linear: Any, linear_name: str, x: Tensor) -> Tensor:
+def _norm_linear(norm: Any, norm_name: str, linear: Any, linear_name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``linear(norm(x))``, and ``x`` for the residual connection."""
     if _why_not_norm_linear(norm, norm_name, linear, linear_name):
-        return linear(norm(x))
-    return layernorm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, eps=norm.eps)
+        return linear(norm(x)), x
+    return layernorm_linear(x, norm.weight, norm.bias, linear.weight, linear.bias, eps=norm.eps, with_input=True)
 
 
 def _add_branch(block: Any, number: int, residual: Tensor, branch: Tensor) -> Tensor:

@@ -28,8 +28,11 @@ class Device:
         return testing.sliced(values) if slices else values
 
 
-def prove(device, name, *arguments, mutated=()):
-    """Run the pass and its meaning; compare all results, those in ``mutated`` arguments too. Returns the results."""
+def prove(device, name, *arguments, mutated=(), stock=None):
+    """Run the pass and its meaning; compare all results, those in ``mutated`` arguments too. Returns the results.
+
+    ``stock`` computes what stock PyTorch would, where that rounds more often than the meaning.
+    """
 
     def run(function, dtype=None):
         def convert(value):
@@ -44,7 +47,7 @@ def prove(device, name, *arguments, mutated=()):
 
     ours = getattr(device.ops, name)
     meaning = getattr(cuda_passes, name)
-    exact, eager = run(meaning, torch.float64), run(meaning)
+    exact, eager = run(meaning, torch.float64), run(stock or meaning)
     results = run(ours)
     for i, (got, stock, wanted) in enumerate(zip(results, eager, exact, strict=True)):
         assert got.shape == stock.shape, f"{name} result {i}"

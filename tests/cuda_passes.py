@@ -58,7 +58,7 @@ def linear_residual(x, weight, bias, residual, layer_scale, row_scale, tile):
     branch = wide(x) @ wide(weight).t()
     branch = branch if bias is None else branch + bias
     branch = branch if layer_scale is None else branch * layer_scale
-    return (residual + (branch if row_scale is None else branch * row_scale[:, None])).to(x.dtype)
+    return (residual + (branch if row_scale is None else branch * row_scale[:, None])).to(residual.dtype)
 
 
 def linear_act_grad(dy, weight, h, act, want_a, sums, tile):

@@ -7,7 +7,8 @@
 namespace fastvit::sm90 {
 
 template <DType DTYPE>
-using ElementOf = std::conditional_t<DTYPE == DType::kBFloat16, __nv_bfloat16, __half>;
+using ElementOf = std::conditional_t<DTYPE == DType::kFloat32, float,
+                                     std::conditional_t<DTYPE == DType::kBFloat16, __nv_bfloat16, __half>>;
 
 template <typename T>
 std::vector<float> wide(const Matrix& m, int64_t rows, int64_t cols) {
@@ -54,16 +55,17 @@ cudaError_t launch_linear_act(const LinearAct& p, cudaStream_t) {
   return cudaSuccess;
 }
 
-template <DType DTYPE, Tile TILE>
+template <DType DTYPE, Tile TILE, DType STREAM>
 cudaError_t launch_linear_residual(const LinearResidual& p, cudaStream_t) {
   using T = ElementOf<DTYPE>;
+  using Out = ElementOf<STREAM>;
   const auto x = wide<T>(p.x, p.rows, p.depth), weight = wide<T>(p.weight, p.cols, p.depth);
   for (int64_t m = 0; m < p.rows; ++m) {
     const float row_scale = p.row_scale == nullptr ? 1.f : p.row_scale[m];
     for (int64_t n = 0; n < p.cols; ++n) {
       const float sum = dot(&x[m * p.depth], &weight[n * p.depth], p.depth) + param<T>(p.bias, n, 0.f);
       const float scale = row_scale * param<T>(p.layer_scale, n, 1.f);
-      row_of<T>(p.y, m)[n] = from_float<T>(std::fma(scale, sum, to_float(row_of<T>(p.residual, m)[n])));
+      row_of<Out>(p.y, m)[n] = from_float<Out>(std::fma(scale, sum, to_float(row_of<Out>(p.residual, m)[n])));
     }
   }
   return cudaSuccess;
@@ -92,9 +94,10 @@ cudaError_t launch_linear_act_grad(const LinearActGrad& p, cudaStream_t) {
   return cudaSuccess;
 }
 
-#define FASTVIT_TILE(DTYPE, TILE)                                                      \
-  template cudaError_t launch_linear_act<DTYPE, TILE>(const LinearAct&, cudaStream_t); \
-  template cudaError_t launch_linear_residual<DTYPE, TILE>(const LinearResidual&, cudaStream_t);
+#define FASTVIT_TILE(DTYPE, TILE)                                                                       \
+  template cudaError_t launch_linear_act<DTYPE, TILE>(const LinearAct&, cudaStream_t);                  \
+  template cudaError_t launch_linear_residual<DTYPE, TILE, DTYPE>(const LinearResidual&, cudaStream_t); \
+  template cudaError_t launch_linear_residual<DTYPE, TILE, DType::kFloat32>(const LinearResidual&, cudaStream_t);
 #define FASTVIT_GRAD_TILE(DTYPE, TILE) \
   template cudaError_t launch_linear_act_grad<DTYPE, TILE>(const LinearActGrad&, cudaStream_t);
 FASTVIT_TILE(DType::kBFloat16, Tile::kLarge)

@@ -28,6 +28,17 @@ SASS = """
 """
 
 
+SPLIT = """
+		Function : pass
+  /*0710*/ @!P0 LDG.E.128 R12, desc[UR8][R16.64] ;
+  /*0730*/ @!P1 LDG.E.128 R4, desc[UR8][R18.64] ;
+  /*0a80*/ STG.E desc[UR8][R2.64+-0x8], R23 ;
+  /*0ae0*/ STG.E desc[UR8][R2.64+-0x4], R31 ;
+  /*0b30*/ STG.E desc[UR8][R2.64], R25 ;
+  /*0b60*/ STG.E desc[UR8][R2.64+0x4], R27 ;
+"""
+
+
 @pytest.fixture
 def aot(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -37,12 +48,24 @@ def aot(monkeypatch):
 
 
 def test_rows_of_the_library(aot):
-    product, other = aot.parse_usage(USAGE, aot.count_wgmmas(SASS), "90a")
+    product, other = aot.parse_usage(USAGE, aot.count_instructions(SASS), "90a")
     assert (product["registers"], product["spills"], product["wgmmas"], product["arch"]) == (168, 0, 2, 90)
     assert product["problems"] == []
     assert (other["registers"], other["spills"], other["shared"]) == (40, 24, 512)
     assert other["problems"] == ["spills 24 bytes a thread"]
     assert "wgmmas" not in other
+
+
+def test_passes_of_vectors_move_16_bytes(aot):
+    """The listing of a kernel whose 16-byte stores were split, and of the same kernel whole."""
+    split = aot.count_instructions(SPLIT)["pass"]
+    assert (split["LDG"], split["STG"]) == ((2, 2), (0, 4))
+    name = "pass_kernel<8, false, ActFwdOp<bf16, (Activation)0, 8> >"
+    assert aot.check_width({"kernel": name, **split}) == ["no 16-byte store", "4 of 4 stores below 16 bytes"]
+    assert aot.check_width({"kernel": name, "LDG": (2, 2), "STG": (2, 2)}) == []
+    assert aot.check_width({"kernel": "layernorm_fwd_kernel<bf16, bf16>", "LDG": (10, 10), "STG": (4, 12)}) == []
+    assert aot.check_width({"kernel": "layernorm_fwd_kernel<bf16, bf16>", "LDG": (0, 10), "STG": (4, 12)}) != []
+    assert aot.check_width({"kernel": name.replace("8", "1"), **split}) == []
 
 
 def test_products_by_their_names(aot, monkeypatch):
@@ -61,6 +84,8 @@ def test_products_by_their_names(aot, monkeypatch):
         197120,
         [],
     )
+    assert named("(fastvit::DType)2, 197120")["kernel"] == "sm90: linear_act_grad bf16 ping_pong"
+    assert named("(fastvit::DType)0, 197120")["kernel"] == "sm90: linear_act_grad bf16 ping_pong fp32 stream"
     assert named(250000)["problems"] == ["shared memory 250000 above 232448"]
     assert named(197120, wgmmas=0)["problems"] == ["no wgmma"]
 

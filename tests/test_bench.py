@@ -102,6 +102,17 @@ def test_a_peer_that_is_not_installed_is_reported(monkeypatch, provider):
     assert refused["reason"] == f"{provider} is compared for infer on a CPU only"
 
 
+def test_lean_memory_is_a_provider_of_training(monkeypatch):
+    case = {"models": ["vit_tiny_patch16_224"], "batch": 1, "rounds": 1, "device": "cpu"}
+    asked, lean = [], bench.model_case.accelerate
+    monkeypatch.setattr(bench.model_case, "accelerate", lambda model, **kw: asked.append(kw) or lean(model, **kw))
+    (row,) = bench.run(**case, mode="train", providers=["fastvit-lean"])["rows"]
+    assert row["provider"] == "fastvit-lean"
+    assert asked == [{"memory": "lean"}]
+    (refused,) = bench.run(**case, providers=["fastvit-lean"])["refused"]
+    assert "for train only" in refused["reason"]
+
+
 @pytest.mark.parametrize("provider", ["onnxruntime", "openvino"])
 def test_a_peer_computes_the_same_model(provider):
     pytest.importorskip(provider, reason=f"{provider} is not installed")

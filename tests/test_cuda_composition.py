@@ -210,14 +210,18 @@ def test_no_rows(op):
         assert not value.any()
 
 
+def autocast_inputs(op, dtype):
+    given = build(op, "all", torch.float32)
+    narrow = {"weight", "bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"}
+    narrow |= {"x"} if op == "linear_residual" else set()
+    return {k: v.detach().to(dtype).requires_grad_() if k in narrow else v for k, v in given.items()}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", OPS)
 def test_float32_residual_stream(op, dtype):
     """Under autocast x or residual, norm and scales stay float32 and the weights do not."""
-    given = build(op, "all", torch.float32)
-    narrow = {"weight", "bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"}
-    narrow |= {"x"} if op == "linear_residual" else set()
-    given = {k: v.detach().to(dtype).requires_grad_() if k in narrow else v for k, v in given.items()}
+    given = autocast_inputs(op, dtype)
     ours = testing.run_with_gradients(fused(op), given)
     exact = testing.run_with_gradients(getattr(reference, op), testing.cast_inputs(given, torch.float64))
     for name, value in ours.items():
@@ -277,6 +281,17 @@ def test_products_take_what_they_can(passes, monkeypatch):
     assert called == []
 
 
+@pytest.mark.parametrize("op", ["linear_residual", "layernorm_mlp"])
+def test_products_add_to_a_float32_residual(op, monkeypatch):
+    """Under autocast no pass over memory adds the residual: the product does."""
+    if not hasattr(_cuda.ops, "linear_act"):
+        return
+    given = autocast_inputs(op, torch.bfloat16)
+    monkeypatch.delattr(_cuda.ops, "scale_residual_fwd")
+    with torch.no_grad():
+        assert fused(op)(**given).dtype == torch.float32
+
+
 def test_reasons_against_the_products(passes, monkeypatch):
     x, weight = torch.randn(8, 64).bfloat16(), torch.randn(16, 64).bfloat16()
     if not hasattr(_cuda.ops, "linear_act"):
@@ -290,8 +305,22 @@ def test_reasons_against_the_products(passes, monkeypatch):
         ("x has 63 columns, Hopper's products take multiples of 8", 16, x[:, :63], weight),
         ("x's rows do not start at multiples of 16 bytes", 16, x[:, 4:60], weight[:, :56]),
         ("weight's rows do not start at multiples of 16 bytes", 16, x, torch.randn(64, 16).bfloat16().t()),
+        ("x's rows overlap, Hopper's products take a stride of 64 or more", 16, x[:1].expand(8, 64), weight),
+        ("x has 0 columns, Hopper's products take multiples of 8", 16, x[:, :0], weight[:, :0]),
     ]
+    odd_stride = torch.randn(67).bfloat16().as_strided((1, 64), (67, 1))
+    assert _sm90.why_not(_cuda.ops, 16, x=odd_stride, weight=weight) == []  # a single row has no next one
     for reason, cols, left, right in cases:
         assert any(reason in found for found in _sm90.why_not(_cuda.ops, cols, x=left, weight=right)), reason
+    wide, half = torch.randn(8, 16), torch.randn(8, 16).half()
+    assert _sm90.why_not(_cuda.ops, 16, wide, x=x, weight=weight) == []
+    residual_cases = [
+        ("residual is torch.float16, Hopper's products add to torch.bfloat16 or float32", half),
+        ("residual's rows do not start at multiples of 16 bytes", torch.randn(8, 18)[:, :16]),
+        ("residual's rows do not start at multiples of 16 bytes", torch.randn(8, 20)[:, 1:17]),
+    ]
+    for reason, residual in residual_cases:
+        assert any(reason in found for found in _sm90.why_not(_cuda.ops, 16, residual, x=x, weight=weight)), reason
+    assert _sm90.why_not(_cuda.ops, 16, torch.randn(8, 20)[:, :16], x=x, weight=weight) == []
     monkeypatch.setattr(_sm90, "device_facts", lambda index: ((8, 0), 108))
     assert "compute capability 8.0" in _sm90.why_not(_cuda.ops, 16, x=x, weight=weight)[0]

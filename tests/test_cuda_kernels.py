@@ -212,13 +212,41 @@ def test_ops_on_the_kernels(device, op, dtype, capability, monkeypatch):
         with fastvit.use_backend("cuda"):
             testing.assert_op_as_accurate(op, getattr(fastvit.ops, op), inputs)
         return
+    inputs = testing.make_inputs(op, testing.Shape(48, 3, 96, 17), 3, dtype)
+    testing.assert_op_as_accurate(op, on_the_kernels(op, device, capability, monkeypatch), inputs)
+
+
+def on_the_kernels(op, device, capability, monkeypatch):
+    """The op on the CPU, composed as on a GPU of this capability."""
     import test_cuda_composition as composition
 
     monkeypatch.setattr(_cuda, "ops", device.ops)
     monkeypatch.setattr(_sm90, "device_facts", lambda index: (capability, 132))
     monkeypatch.setattr(_cuda, "_float32_product", lambda a, b: a.float() @ b.float())
-    inputs = testing.make_inputs(op, testing.Shape(48, 3, 96, 17), 3, dtype)
-    testing.assert_op_as_accurate(op, composition.fused(op), inputs)
+    return composition.fused(op)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("op", ["layernorm_linear", "linear_residual", "layernorm_mlp"])
+def test_parameters_of_any_strides(device, op, capability, monkeypatch):
+    """Columns of a matrix, one number expanded, a transposed weight: what PyTorch takes, the kernels take."""
+    if device.name == "cuda":
+        import fastvit
+
+        monkeypatch.setattr(fastvit.dispatch, "_choice", {"*": "cuda"})
+        fused = getattr(fastvit.ops, op)
+    else:
+        fused = on_the_kernels(op, device, capability, monkeypatch)
+    inputs = testing.make_inputs(op, testing.Shape(48, 3, 96, 17), 3, BF16, device.name)
+    for name, value in inputs.items():
+        if value.dim() == 1:
+            column = torch.zeros(value.shape[0], 2, dtype=BF16, device=device.name)[:, 1].copy_(value.detach())
+            inputs[name] = column.requires_grad_()
+        elif value.dim() == 2:
+            inputs[name] = value.detach().t().contiguous().t().requires_grad_()
+    if "layer_scale" in inputs:
+        inputs["layer_scale"] = torch.full((1,), 0.5, dtype=BF16, device=device.name).expand(48).requires_grad_()
+    testing.assert_op_as_accurate(op, fused, inputs)
 
 
 def test_errors_name_tensor_rule_and_what_came(device):

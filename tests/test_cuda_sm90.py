@@ -55,15 +55,27 @@ def test_linear_act(device, dtype, tile, act):
         prove(device, "linear_act", x, weight, None, None, None, None, act, True, tile)
 
 
+@pytest.mark.parametrize("stream", ["same", "float32"])
 @pytest.mark.parametrize(("dtype", "tile"), TILES)
-def test_linear_residual(device, dtype, tile):
+def test_linear_residual(device, dtype, tile, stream):
+    """Beside a residual of the operands' dtype, and beside a float32 one as under autocast."""
     for rows, cols, depth in shapes(device):
         x, weight = device.draw(rows, depth, dtype=dtype), device.draw(cols, depth, dtype=dtype, scale=depth**-0.5)
-        residual, bias = device.draw(rows, cols, dtype=dtype), device.draw(cols, dtype=dtype)
+        residual, bias = (
+            device.draw(rows, cols, dtype=dtype if stream == "same" else F32),
+            device.draw(cols, dtype=dtype),
+        )
         layer_scale, row_scale = device.draw(cols, dtype=dtype), device.draw(rows)
         for scales in ((layer_scale, row_scale), (layer_scale.to(F32), None), (None, row_scale), (None, None)):
-            prove(device, "linear_residual", x, weight, bias, residual, *scales, tile)
-        prove(device, "linear_residual", x, weight, None, residual, None, None, tile)
+            prove(device, "linear_residual", x, weight, bias, residual, *scales, tile, stock=autocast_linear_residual)
+        prove(device, "linear_residual", x, weight, None, residual, None, None, tile, stock=autocast_linear_residual)
+
+
+def autocast_linear_residual(x, weight, bias, residual, layer_scale, row_scale, tile):
+    """As under autocast: the product is rounded to x's dtype before it is scaled and added."""
+    branch = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    branch = branch if layer_scale is None else branch * layer_scale
+    return (residual + (branch if row_scale is None else branch * row_scale[:, None])).to(residual.dtype)
 
 
 @pytest.mark.parametrize("act", reference.ACTIVATIONS)
@@ -85,7 +97,11 @@ def test_rows_of_a_larger_buffer(device):
     x, weight, residual = part(rows, depth), part(cols, depth), part(rows, cols)
     prove(device, "linear_act", x, weight, None, None, None, None, "gelu", True, "ping_pong")
     prove(device, "linear_residual", x, weight, None, residual, None, None, "large")
+    wide = device.draw(rows, cols, slices=True)
+    prove(device, "linear_residual", x, weight, None, wide, None, None, "ping_pong", stock=autocast_linear_residual)
     prove(device, "linear_act_grad", x, part(depth, cols), part(rows, cols), "gelu", True, BF16, "large")
+    single = device.draw(67, dtype=BF16).as_strided((1, depth), (67, 1))  # the stride of one row means nothing
+    prove(device, "linear_act", single, weight, None, None, None, None, "gelu", True, "small")
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
@@ -151,6 +167,10 @@ def test_errors_name_tensor_rule_and_what_came(device):
         linear(weight=weight[:15])
     with pytest.raises(RuntimeError, match="x is misaligned, expected rows that start at multiples of 16 bytes"):
         linear(x=x[:, 1:57], weight=weight[:, :56])
+    with pytest.raises(RuntimeError, match="x has no columns, expected at least 8"):
+        linear(x=x[:, :0], weight=weight[:, :0])
+    with pytest.raises(RuntimeError, match="x has rows that overlap, expected a stride of 64 or more"):
+        linear(x=x[:1].expand(8, 64))
     with pytest.raises(RuntimeError, match="act is 'relu', expected 'gelu', 'gelu_tanh' or 'quick_gelu'"):
         linear(act="relu")
     with pytest.raises(RuntimeError, match="tile is 'huge', expected 'large', 'ping_pong' or 'small'"):
@@ -163,6 +183,10 @@ def test_errors_name_tensor_rule_and_what_came(device):
         linear(bias=device.draw(8))
     with pytest.raises(RuntimeError, match=r"residual has shape \(8, 64\), expected \(8, 16\) like x and weight"):
         ops.linear_residual(x, weight, None, x, None, None, "small")
+    with pytest.raises(RuntimeError, match="residual has 16 bits, expected float32 or the dtype of x"):
+        ops.linear_residual(x, weight, None, device.draw(8, 16, dtype=F16), None, None, "small")
+    with pytest.raises(RuntimeError, match="residual is misaligned, expected rows that start at multiples of 16 bytes"):
+        ops.linear_residual(x, weight, None, device.draw(8, 18)[:, 1:17], None, None, "small")
     with pytest.raises(RuntimeError, match=r"h has shape \(8, 64\), expected \(8, 16\) like dy and weight"):
         ops.linear_act_grad(x, weight.t().contiguous(), x, "gelu", False, None, "large")
 

@@ -71,7 +71,8 @@ class Checks {
     expect(t.stride(1) == 1 || t.size(1) <= 1,
            std::string(name) + " has strides " + text(t.strides()) + ", expected 1 for the last dimension");
     same_device(name, t);
-    return {t.data_ptr(), t.stride(0), dtype(name, t.scalar_type())};
+    const int64_t stride = t.size(0) == 1 ? t.size(1) : t.stride(0);  // that of a single row may be anything
+    return {t.data_ptr(), stride, dtype(name, t.scalar_type())};
   }
 
   Matrix matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols, const char* like) const {

@@ -101,6 +101,17 @@ __device__ inline void load(const T* p, float (&v)[N]) {
   unpack(load_packed<N>(p), v);
 }
 
+// 16 bytes in one store: left to itself, nvcc splits an assignment through a uint4* into four.
+__device__ inline void store_16_bytes(void* p, const uint32_t* words) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
+               : "memory");
+#else
+  std::copy(words, words + 4, static_cast<uint32_t*>(p));
+#endif
+}
+
 template <int N, typename T>
 __device__ inline void store(T* p, const float (&v)[N]) {
   if constexpr (N == 1) {
@@ -122,7 +133,7 @@ __device__ inline void store(T* p, const float (&v)[N]) {
     }
 #pragma unroll
     for (int i = 0; i < int(sizeof(words)) / 16; ++i) {
-      reinterpret_cast<uint4*>(p)[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+      store_16_bytes(reinterpret_cast<char*>(p) + 16 * i, words + 4 * i);
     }
   }
 }
@@ -189,13 +200,6 @@ __device__ inline void block_sum(float (&v)[R], float* shared) {
     for (int i = 0; i < R; ++i) v[i] += shared[warp * R + i];
   }
 }
-
-inline bool aligned(const Matrix& m) {
-  const int64_t bytes = m.stride * (m.dtype == DType::kFloat32 ? 4 : 2);
-  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && bytes % 16 == 0;
-}
-
-inline bool aligned(const Vector& v) { return reinterpret_cast<uintptr_t>(v.data) % 16 == 0; }
 
 inline int multiprocessors(int device) {
   int count = 0;

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..accelerate import accelerate
 from ..dispatch import recording
 from ..model import create_model
 from ..testing import Shape
@@ -41,6 +42,8 @@ class ModelCase:
         provider = PROVIDERS[name]
         if provider.graph and (self.device.type != "cuda" or self.mode != "infer"):
             raise Refused("a CUDA graph is replayed for infer on a GPU only")
+        if provider.memory != "default" and self.mode != "train":
+            raise Refused(f"{name} differs in what it keeps for a backward: for train only")
         if provider.autocast and self.dtype == torch.float32:
             raise Refused("autocast needs a 16-bit dtype")
         if provider.runtime:
@@ -72,6 +75,8 @@ class ModelCase:
     def _model(self, provider: Provider) -> nn.Module:
         model = create_model(self.name) if provider.ours else self._stock()
         model.load_state_dict(self.weights)
+        if provider.memory != "default":
+            accelerate(model, memory=provider.memory)
         model = model.to(self.device, torch.float32 if provider.autocast else self.dtype)
         return model.train(self.mode == "train").requires_grad_(self.mode == "train")
 

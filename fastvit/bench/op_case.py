@@ -57,7 +57,7 @@ class OpCase:
     def candidate(self, name: str) -> Candidate:
         """The provider, checked and ready to time; raises ``Refused``."""
         provider = PROVIDERS[name]
-        if provider.autocast or provider.runtime:
+        if provider.autocast or provider.runtime or provider.memory != "default":
             raise Refused(f"{name} is for models")
         if provider.graph and (self.device.type != "cuda" or self.mode != "fwd"):
             raise Refused("a CUDA graph is replayed for fwd on a GPU only")

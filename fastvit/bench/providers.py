@@ -21,6 +21,7 @@ class Provider:
     graph: bool = False  # captured once as a CUDA graph, then replayed
     autocast: bool = False  # float32 parameters under autocast
     runtime: str = ""  # another inference runtime, see runtimes.py
+    memory: str = "default"  # of ours: what a block keeps for its backward, see fastvit.accelerate
 
 
 PROVIDERS = {
@@ -32,6 +33,7 @@ PROVIDERS = {
     "eager-graph": Provider(ours=False, graph=True),
     "fastvit-autocast": Provider(ours=True, autocast=True),
     "eager-autocast": Provider(ours=False, autocast=True),
+    "fastvit-lean": Provider(ours=True, memory="lean"),
     "onnxruntime": Provider(ours=False, runtime="onnxruntime"),
     "openvino": Provider(ours=False, runtime="openvino"),
 }

@@ -43,12 +43,16 @@ def layernorm_linear_bwd(
     norm_bias: Tensor | None,
     weight: Tensor,
     mask: list[bool],
+    dresidual: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, norm_weight, norm_bias, weight, bias; an empty tensor where ``mask`` says no."""
-    dout = _rows(dout)
+    """Gradients of x, norm_weight, norm_bias, weight, bias; an empty tensor where ``mask`` says no.
+
+    ``dresidual``, like x, is added to x's: the gradient that the residual connection around the branch brings.
+    """
+    dout, dresidual = _rows(dout), None if dresidual is None else _rows(dresidual)
     dbias = ops.column_sum(dout, weight.dtype) if mask[4] else None
     norm = (x, mean, rstd, norm_weight, norm_bias)
-    dx, dnorm_weight, dnorm_bias, dweight = _norm_linear_grads(dout, *norm, weight, None, mask[:4])
+    dx, dnorm_weight, dnorm_bias, dweight = _norm_linear_grads(dout, *norm, weight, dresidual, mask[:4])
     return _given(x, (dx, dnorm_weight, dnorm_bias, dweight, dbias))
 
 
@@ -157,7 +161,7 @@ def _norm_linear_act(
     params = _norm(norm_weight, norm_bias, weight)
     if _sm90.folds(x, weight) and not _sm90.why_not(ops, weight.shape[0], x=x, weight=weight):
         mean, rstd = ops.row_stats(x, eps)
-        folded, sums, shift = ops.fold_norm(weight, *params, bias)
+        folded, sums, shift = ops.fold_norm(weight, *params, _dense(bias))
         tile = _sm90.tile("linear_act", x, weight.shape[0])
         return *ops.linear_act(x, folded, shift, mean, rstd, sums, act, save, tile), mean, rstd
     y, mean, rstd = ops.layernorm_fwd(x, *params, eps, weight.dtype)
@@ -167,7 +171,7 @@ def _norm_linear_act(
 def _linear_act(y: Tensor, weight: Tensor, bias: Tensor | None, act: str, save: bool) -> tuple[Tensor, Tensor]:
     if not _sm90.why_not(ops, weight.shape[0], y=y, weight=weight):
         tile = _sm90.tile("linear_act", y, weight.shape[0])
-        return ops.linear_act(y, weight, bias, None, None, None, act, save, tile)
+        return ops.linear_act(y, weight, _dense(bias), None, None, None, act, save, tile)
     h = F.linear(y, weight, bias)
     if act == "none":
         return h, h if save else h.new_empty(0)
@@ -197,6 +201,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _norm(norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """LayerNorm's parameters in one dtype the passes read: the weight's, or float32."""
+    norm_weight, norm_bias = _dense(norm_weight), _dense(norm_bias)
     dtypes = {t.dtype for t in (norm_weight, norm_bias) if t is not None}
     if dtypes <= {weight.dtype} or dtypes <= {torch.float32}:
         return norm_weight, norm_bias
@@ -211,8 +216,13 @@ def _sum_dtype(like: Tensor) -> torch.dtype:
 def _readable(scale: Tensor | None, weight: Tensor) -> Tensor | None:
     """A LayerScale or row scale in a dtype the passes read."""
     if scale is None or scale.dtype in (weight.dtype, torch.float32):
-        return scale
-    return scale.to(_sum_dtype(weight))
+        return _dense(scale)
+    return scale.to(_sum_dtype(weight)).contiguous()
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    """A vector as the kernels read it; a copy where it is a column of a matrix or one number expanded."""
+    return None if vector is None else vector.contiguous()
 
 
 def _linear_residual(
@@ -227,9 +237,9 @@ def _linear_residual(
     """``residual + row_scale * layer_scale * linear(x)``, (M, O) in ``dtype``."""
     x = x.to(weight.dtype)
     cols = weight.shape[0]
-    if residual is not None and not _sm90.why_not(ops, cols, x=x, weight=weight, residual=residual):
+    if residual is not None and not _sm90.why_not(ops, cols, residual, x=x, weight=weight):
         factors = _readable(layer_scale, weight), _row_factors(row_scale, x.shape[0])
-        return ops.linear_residual(x, weight, bias, residual, *factors, _sm90.tile("linear_residual", x, cols))
+        return ops.linear_residual(x, weight, _dense(bias), residual, *factors, _sm90.tile("linear_residual", x, cols))
     plain = layer_scale is None and row_scale is None
     if plain and residual is None:
         return _linear_act(x, weight, bias, "none", False)[0].to(dtype)
@@ -273,7 +283,7 @@ def _scaled(dbranch: Tensor, weight: Tensor, layer_scale: Tensor | None) -> tupl
         weight.dtype == torch.float16
     ):  # a small LayerScale times a weight can fall below float16, times dout as in eager
         return ops.scale(dbranch, None, scale, weight.dtype, None)[0], weight
-    return dbranch, ops.scale(weight, scale, None, weight.dtype, None)[0]
+    return dbranch, ops.scale(_rows(weight), scale, None, weight.dtype, None)[0]
 
 
 def _weight_grads(
@@ -298,7 +308,7 @@ def _weight_grads(
         return None, dbias, None
     g = _float32_product(dbranch.t(), inputs)
     scale = _readable(layer_scale, weight)
-    dweight, dbias, dlayer_scale = ops.layer_scale_bwd(g, weight, bias, sums, scale)
+    dweight, dbias, dlayer_scale = ops.layer_scale_bwd(g, _rows(weight), _dense(bias), sums, scale)
     return (
         dweight if wants_weight else None,
         dbias if wants_bias else None,

@@ -36,8 +36,11 @@ def why_not_built(ops: Any = torch.ops.fastvit_cuda, index: int | None = None) -
     return []
 
 
-def why_not(ops: Any, cols: int, **matrices: Tensor) -> list[str]:
-    """Reasons why no product with ``cols`` outputs takes these matrices; the first one decides the dtype."""
+def why_not(ops: Any, cols: int, residual: Tensor | None = None, **matrices: Tensor) -> list[str]:
+    """Reasons why no product with ``cols`` outputs takes these matrices; the first one decides the dtype.
+
+    ``residual`` may be float32 beside 16-bit operands, as autocast keeps the residual stream.
+    """
     first_name, first = next(iter(matrices.items()))
     reasons = why_not_built(ops, first.device.index or 0)
     if first.dtype not in NAMES:
@@ -47,11 +50,25 @@ def why_not(ops: Any, cols: int, **matrices: Tensor) -> list[str]:
     for name, matrix in matrices.items():
         if matrix.dtype != first.dtype:
             reasons.append(f"{name} is {matrix.dtype}, {first_name} is {first.dtype}: Hopper's products take one dtype")
-        elif matrix.shape[1] % 8:
-            reasons.append(f"{name} has {matrix.shape[1]} columns, Hopper's products take multiples of 8")
-        elif matrix.stride(1) != 1 or matrix.stride(0) % 8 or matrix.data_ptr() % 16:
-            reasons.append(f"{name}'s rows do not start at multiples of 16 bytes, as Hopper's products read them")
+        else:
+            reasons += _why_not_read(name, matrix)
+    if residual is not None and residual.dtype not in (first.dtype, torch.float32):
+        reasons.append(f"residual is {residual.dtype}, Hopper's products add to {first.dtype} or float32")
+    elif residual is not None:
+        reasons += _why_not_read("residual", residual)
     return reasons
+
+
+def _why_not_read(name: str, matrix: Tensor) -> list[str]:
+    rows, cols = matrix.shape
+    if cols % 8 or cols == 0:
+        return [f"{name} has {cols} columns, Hopper's products take multiples of 8"]
+    stride = cols if rows == 1 else matrix.stride(0)  # that of a single row may be anything
+    if matrix.stride(1) != 1 or stride * matrix.element_size() % 16 or matrix.data_ptr() % 16:
+        return [f"{name}'s rows do not start at multiples of 16 bytes, as Hopper's products read them"]
+    if stride < cols:
+        return [f"{name}'s rows overlap, Hopper's products take a stride of {cols} or more"]
+    return []
 
 
 def tile(op: str, x: Tensor, cols: int) -> str:

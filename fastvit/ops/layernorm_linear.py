@@ -22,13 +22,16 @@ def layernorm_linear(
     bias: Tensor | None = None,
     *,
     eps: float = 1e-6,
-) -> Tensor:
+    with_input: bool = False,
+) -> Any:
     """``linear(layer_norm(x))``, for example LN1 and the qkv projection.
 
     x                       (..., E)   float32 | bfloat16 | float16, any strides, one device
     norm_weight, norm_bias  (E,)       optional
     weight                  (O, E)     dtype of x, or a 16-bit dtype under a float32 x (autocast)
     bias                    (O,)       optional, dtype of weight
+    with_input              True returns (out, x): x for the residual connection around the branch that starts here.
+                            LayerNorm's backward adds the gradient that comes back through it, instead of a pass
     returns                 (..., O)   dtype of weight; statistics and sums in float32
 
     Raises ValueError for a wrong shape, dtype or device, Unsupported where a forced backend cannot run.
@@ -36,7 +39,7 @@ def layernorm_linear(
     """
     _check(x, norm_weight, norm_bias, weight, bias)
     weight, bias = _contract.cast(_contract.autocast_dtype(x), weight, bias)  # type: ignore[assignment]
-    return OP(x, norm_weight, norm_bias, weight, bias, eps)
+    return OP(x, norm_weight, norm_bias, weight, bias, eps, with_input)
 
 
 def check_norm(op: str, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> None:
@@ -78,12 +81,18 @@ def _fwd_fake(x, norm_weight, norm_bias, weight, bias, eps, cache, backend):
     return out, statistics, torch.empty_like(statistics)
 
 
-def _bwd(dout, x, mean, rstd, norm_weight, norm_bias, weight, bias, mask, eps, backend):
+def _bwd(dout, x, mean, rstd, norm_weight, norm_bias, weight, bias, dresidual, mask, eps, backend):
     kernels = _contract.compiled(backend)
-    return kernels.layernorm_linear_bwd(dout, x, mean, rstd, norm_weight, norm_bias, weight, mask)
+    given = (dout, x, mean, rstd, norm_weight, norm_bias, weight, mask)
+    if dresidual is None or not mask[0]:
+        return kernels.layernorm_linear_bwd(*given)
+    if backend == "cuda":
+        return kernels.layernorm_linear_bwd(*given, dresidual)
+    dx, *others = kernels.layernorm_linear_bwd(*given)
+    return dx.add_(dresidual), *others
 
 
-def _bwd_fake(dout, x, mean, rstd, norm_weight, norm_bias, weight, bias, mask, eps, backend):
+def _bwd_fake(dout, x, mean, rstd, norm_weight, norm_bias, weight, bias, dresidual, mask, eps, backend):
     return fake_grads(x, mask, (x, norm_weight, norm_bias, weight, bias))
 
 
@@ -107,7 +116,8 @@ _fwd_op = _register.define(
 _bwd_op = _register.define(
     f"{NAME}_bwd",
     "(Tensor dout, Tensor x, Tensor mean, Tensor rstd, Tensor? norm_weight, Tensor? norm_bias, Tensor weight,"
-    " Tensor? bias, bool[] mask, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? bias, Tensor? dresidual, bool[] mask, float eps, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _bwd,
     _bwd_fake,
 )
@@ -123,8 +133,31 @@ def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple:
     mask = list(ctx.needs_input_grad[:5])
     if dout is None or not any(mask):
         return (None,) * 8
-    grads = _bwd_op(dout, *ctx.saved_tensors, mask, ctx.eps, ctx.backend)
+    grads = _bwd_op(dout, *ctx.saved_tensors, None, mask, ctx.eps, ctx.backend)
     return *keep(mask, grads), None, None, None
+
+
+class _WithInput(torch.autograd.Function):
+    """The op beside its own input, which the residual connection takes up: both gradients of x meet here."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, weight, bias, eps, cache, backend):
+        out, mean, rstd = _fwd_op(x, norm_weight, norm_bias, weight, bias, eps, cache, backend)
+        ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, weight, bias)
+        ctx.eps, ctx.backend = eps, backend
+        ctx.set_materialize_grads(False)
+        return out, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dout, dresidual):
+        mask = list(ctx.needs_input_grad[:5])
+        if dout is None:
+            return dresidual, *(None,) * 7
+        added = None if torch.is_grad_enabled() else dresidual  # a second derivative needs the sum in the graph
+        dx, *others = keep(mask, _bwd_op(dout, *ctx.saved_tensors, added, mask, ctx.eps, ctx.backend))
+        if added is None and dresidual is not None and dx is not None:
+            dx = dx + dresidual
+        return dx, *others, None, None, None
 
 
 def keep(mask: list[bool], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -137,24 +170,41 @@ _register.register_double_backward(
     f"{NAME}_bwd",
     reference.layernorm_linear,
     inputs=("x", "norm_weight", "norm_bias", "weight", "bias", "eps"),
-    arguments=("dout", "x", "mean", "rstd", "norm_weight", "norm_bias", "weight", "bias", "mask", "eps", "backend"),
+    arguments=(
+        "dout",
+        "x",
+        "mean",
+        "rstd",
+        "norm_weight",
+        "norm_bias",
+        "weight",
+        "bias",
+        "dresidual",
+        "mask",
+        "eps",
+        "backend",
+    ),
 )
 
 
 def _run_compiled(backend: str):
-    def run(x, norm_weight, norm_bias, weight, bias, eps):
-        cache = _contract.may_cache(weight)
-        return _fwd_op(x, norm_weight, norm_bias, weight, bias, eps, cache, backend)[0]
+    def run(x, norm_weight, norm_bias, weight, bias, eps, with_input=False):
+        given = (x, norm_weight, norm_bias, weight, bias, eps, _contract.may_cache(weight), backend)
+        if with_input and torch.is_grad_enabled() and x.requires_grad:
+            return _WithInput.apply(*given)
+        out = _fwd_op(*given)[0]
+        return (out, x) if with_input else out
 
     return run
 
 
-def _run_torch(x, norm_weight, norm_bias, weight, bias, eps):
-    return reference.layernorm_linear(x, norm_weight, norm_bias, weight, bias, eps=eps)
+def _run_torch(x, norm_weight, norm_bias, weight, bias, eps, with_input=False):
+    out = reference.layernorm_linear(x, norm_weight, norm_bias, weight, bias, eps=eps)
+    return (out, x) if with_input else out
 
 
 def _why_not(backend: str):
-    def why_not(x, norm_weight, norm_bias, weight, bias, eps):
+    def why_not(x, norm_weight, norm_bias, weight, bias, eps, with_input=False):
         return _contract.why_not_compiled(backend, x, weight)
 
     return why_not

@@ -1,7 +1,7 @@
 // The bridge between glue (ops.cpp) and Hopper's matrix products (*.cu): plain pointers, strides and a stream.
 //
 // Every product is x (M, K) times a weight, in one kernel with what follows it. 16-bit operands of one dtype, float32
-// sums. Matrices start at 16 bytes and have row strides of a multiple of 8 elements.
+// sums. The rows of every matrix start at multiples of 16 bytes.
 #pragma once
 
 #include "layernorm_mlp.h"
@@ -44,13 +44,13 @@ struct LinearResidual {
   Vector bias;             // (N,)   optional, x's dtype or float32
   Vector layer_scale;      // (N,)   optional, x's dtype or float32
   const float* row_scale;  // (M,)   optional
-  Matrix residual;         // (M, N)
-  Matrix y;                // (M, N)
+  Matrix residual;         // (M, N) x's dtype or float32: STREAM
+  Matrix y;                // (M, N) residual's dtype
   int64_t rows, cols, depth;
   Tile tile;
   int device;
 };
-template <DType DTYPE, Tile TILE>
+template <DType DTYPE, Tile TILE, DType STREAM>
 cudaError_t launch_linear_residual(const LinearResidual& p, cudaStream_t stream);
 
 // dh = (dy weight) * act'(h), a = act(h), partials: each row tile's column sums of dh

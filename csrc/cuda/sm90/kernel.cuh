@@ -1,7 +1,7 @@
 // A persistent, warp-specialised product on TMA and wgmma, put together from CUTLASS's parts: tiles, main loop, launch.
 #pragma once
 
-#include <cutlass/gemm/device/gemm_universal_adapter.h>
+#include <cutlass/device_kernel.h>
 
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
@@ -21,7 +21,9 @@ using RowMajor = cutlass::layout::RowMajor;
 using ColumnMajor = cutlass::layout::ColumnMajor;
 
 template <DType DTYPE>
-using ElementOf = std::conditional_t<DTYPE == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>;
+using ElementOf =
+    std::conditional_t<DTYPE == DType::kFloat32, float,
+                       std::conditional_t<DTYPE == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>>;
 
 template <Tile TILE>
 struct TileTraits;
@@ -74,16 +76,19 @@ struct EpilogueParts {
   using Compute = fusion::Sm90Compute<Fn, Out, float, kRound>;
 };
 
+// `Source` is the residual's type, which the result takes over, or void.
 template <typename Element, Tile TILE, typename WeightLayout, typename Tree, typename Source = void>
 struct Product {
   using Traits = TileTraits<TILE>;
   using Shape = TileShape<TILE>;
+  using Out = std::conditional_t<cute::is_void_v<Source>, Element, Source>;
   static constexpr int kAlignment = 128 / cutlass::sizeof_bits_v<Element>;
+  static constexpr int kOutAlignment = 128 / cutlass::sizeof_bits_v<Out>;
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Shape, typename Traits::Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float, Source, RowMajor, kAlignment, Element, RowMajor,
-      kAlignment, typename Traits::EpilogueSchedule, Tree>::CollectiveOp;
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, Source, RowMajor, kOutAlignment, Out, RowMajor,
+      kOutAlignment, typename Traits::EpilogueSchedule, Tree>::CollectiveOp;
   using MainLoop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, kAlignment, Element, WeightLayout,
       kAlignment, float, Shape, typename Traits::Cluster,
@@ -102,35 +107,46 @@ Element* data(const Matrix& m) {
 // A row-major matrix's stride as CUTLASS writes it.
 inline cute::Stride<int64_t, _1, int64_t> row_stride(const Matrix& m) { return {m.stride, _1{}, 0}; }
 
-inline cudaError_t outcome(cutlass::Status status) {
-  const cudaError_t error = cudaGetLastError();
-  if (status == cutlass::Status::kSuccess || error != cudaSuccess) return error;
-  return status == cutlass::Status::kErrorInvalidProblem || status == cutlass::Status::kErrorMisalignedOperand
-             ? cudaErrorInvalidValue
-             : cudaErrorLaunchFailure;
+// Not CUTLASS's own adapter, which keeps the reason of a refused launch to itself.
+template <typename Kernel>
+cudaError_t launch(typename Kernel::Params const& params, cudaStream_t stream) {
+  using Cluster = typename Kernel::ClusterShape;
+  auto* kernel = &cutlass::device_kernel<Kernel>;
+  constexpr int kShared = Kernel::SharedStorageSize;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (error == cudaSuccess) {
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {cute::size<0>(Cluster{}), cute::size<1>(Cluster{}), 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = Kernel::get_grid_shape(params);
+    config.blockDim = Kernel::get_block_shape();
+    config.dynamicSmemBytes = kShared;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = cute::size(Cluster{}) > 1;
+    error = cudaLaunchKernelEx(&config, kernel, params);
+  }
+  const cudaError_t pending = cudaGetLastError();
+  return error != cudaSuccess ? error : pending;
 }
 
 // `Kernel` is a Product's kernel under a name of its own, `Params` one of gemm.h's.
 template <typename Kernel, typename Element, typename Params, typename EpilogueArguments>
 cudaError_t launch(const Params& p, const Matrix& x, EpilogueArguments const& epilogue, cudaStream_t stream) {
-  using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
-  using StrideB = typename Kernel::StrideB;  // of the weight as (N, K)
-  StrideB stride{};
+  typename Kernel::StrideB stride{};  // of the weight as (N, K)
   if constexpr (cute::is_same_v<cute::remove_cvref_t<decltype(cute::get<0>(stride))>, int64_t>) {
     cute::get<0>(stride) = p.weight.stride;
   } else {
     cute::get<1>(stride) = p.weight.stride;
   }
-  typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
-                                     {int(p.rows), int(p.cols), int(p.depth)},
-                                     {data<Element>(x), row_stride(x), data<Element>(p.weight), stride},
-                                     epilogue,
-                                     {p.device, multiprocessors(p.device)}};
-  Gemm gemm;
-  cutlass::Status status = Gemm::can_implement(arguments);
-  if (status == cutlass::Status::kSuccess) status = gemm.initialize(arguments, nullptr, stream);
-  if (status == cutlass::Status::kSuccess) status = gemm.run(stream);
-  return outcome(status);
+  typename Kernel::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
+                                       {int(p.rows), int(p.cols), int(p.depth)},
+                                       {data<Element>(x), row_stride(x), data<Element>(p.weight), stride},
+                                       epilogue,
+                                       {p.device, multiprocessors(p.device)}};
+  if (!Kernel::can_implement(arguments)) return cudaErrorInvalidValue;
+  return launch<Kernel>(Kernel::to_underlying_arguments(arguments, nullptr), stream);
 }
 
 }  // namespace fastvit::sm90

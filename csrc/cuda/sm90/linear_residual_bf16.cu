@@ -3,8 +3,11 @@
 
 namespace fastvit::sm90 {
 
-template cudaError_t launch_linear_residual<DType::kBFloat16, Tile::kLarge>(const LinearResidual&, cudaStream_t);
-template cudaError_t launch_linear_residual<DType::kBFloat16, Tile::kPingPong>(const LinearResidual&, cudaStream_t);
-template cudaError_t launch_linear_residual<DType::kBFloat16, Tile::kSmall>(const LinearResidual&, cudaStream_t);
+template cudaError_t launch_linear_residual<DType::kBFloat16, Tile::kLarge, DType::kBFloat16>(const LinearResidual&,
+                                                                                              cudaStream_t);
+template cudaError_t launch_linear_residual<DType::kBFloat16, Tile::kPingPong, DType::kBFloat16>(const LinearResidual&,
+                                                                                                 cudaStream_t);
+template cudaError_t launch_linear_residual<DType::kBFloat16, Tile::kSmall, DType::kBFloat16>(const LinearResidual&,
+                                                                                              cudaStream_t);
 
 }  // namespace fastvit::sm90

@@ -21,14 +21,21 @@ Tile tile_of(const Checks& checks, const std::string& name, DType dtype, bool ba
 }
 
 // A matrix that TMA can read or write.
+Matrix tma(const Checks& checks, const char* name, const Matrix& m, int64_t cols) {
+  checks.expect(cols % 8 == 0,
+                std::string(name) + " has " + std::to_string(cols) + " columns, expected a multiple of 8");
+  checks.expect(m.stride >= cols, std::string(name) + " has rows that overlap, expected a stride of " +
+                                      std::to_string(cols) + " or more");
+  checks.expect(aligned(m), std::string(name) + " is misaligned, expected rows that start at multiples of 16 bytes");
+  return m;
+}
+
+// The same, of 16-bit operands in one dtype.
 Matrix tma(const Checks& checks, const char* name, const Matrix& m, int64_t cols, DType dtype) {
   checks.expect(m.dtype != DType::kFloat32, std::string(name) + " is float32, expected 16 bits");
   checks.same_dtype(name, m.dtype, "x", dtype);
-  checks.expect(cols % 8 == 0,
-                std::string(name) + " has " + std::to_string(cols) + " columns, expected a multiple of 8");
-  checks.expect(reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride % 8 == 0,
-                std::string(name) + " is misaligned, expected rows that start at multiples of 16 bytes");
-  return m;
+  checks.expect(cols > 0, std::string(name) + " has no columns, expected at least 8");
+  return tma(checks, name, m, cols);
 }
 
 // Calls f<DTYPE, TILE>() for the pair at hand.
@@ -69,7 +76,7 @@ std::tuple<Tensor, Tensor> linear_act(Tensor x, Tensor weight, MaybeTensor bias,
   p.device = x.get_device_index();
   Tensor y = empty(x, {p.rows, p.cols}, x.scalar_type());
   Tensor h = save ? empty(x, {p.rows, p.cols}, x.scalar_type()) : nothing(x);
-  p.y = tma(checks, "y", checks.matrix("y", y), p.cols, p.x.dtype);
+  p.y = tma(checks, "y", checks.matrix("y", y), p.cols);
   if (save) p.h = checks.matrix("h", h);
   if (p.rows == 0 || p.cols == 0) return {y, h};
   check_launch("linear_act", with_tile<false>(p.x.dtype, p.tile, [&]<DType DTYPE, Tile TILE>() {
@@ -87,18 +94,21 @@ Tensor linear_residual(Tensor x, Tensor weight, MaybeTensor bias, Tensor residua
   p.x = tma(checks, "x", p.x, p.depth, p.x.dtype);
   p.weight = tma(checks, "weight", checks.matrix("weight", weight, p.cols, p.depth, "x"), p.depth, p.x.dtype);
   p.residual = checks.matrix("residual", residual, p.rows, p.cols, "x and weight");
-  p.residual = tma(checks, "residual", p.residual, p.cols, p.x.dtype);
+  checks.fits("residual", p.residual.dtype, "x", p.x.dtype);
+  p.residual = tma(checks, "residual", p.residual, p.cols);
   p.bias = checks.vector("bias", bias, p.cols, p.x.dtype, "weight");
   p.layer_scale = checks.vector("layer_scale", layer_scale, p.cols, p.x.dtype, "weight");
   p.row_scale = checks.floats("row_scale", row_scale, p.rows, "the rows of x");
   p.tile = tile_of(checks, tile, p.x.dtype, false);
   const OnDevice device(x);
   p.device = x.get_device_index();
-  Tensor y = empty(x, {p.rows, p.cols}, x.scalar_type());
+  Tensor y = empty(x, {p.rows, p.cols}, residual.scalar_type());
   p.y = checks.matrix("y", y);
   if (p.rows == 0 || p.cols == 0) return y;
+  const bool wide = p.residual.dtype == DType::kFloat32;
   check_launch("linear_residual", with_tile<false>(p.x.dtype, p.tile, [&]<DType DTYPE, Tile TILE>() {
-                 return launch_linear_residual<DTYPE, TILE>(p, device.stream());
+                 return wide ? launch_linear_residual<DTYPE, TILE, DType::kFloat32>(p, device.stream())
+                             : launch_linear_residual<DTYPE, TILE, DTYPE>(p, device.stream());
                }));
   return y;
 }

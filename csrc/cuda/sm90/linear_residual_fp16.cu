@@ -1,0 +1,11 @@
+// The float16 kernels of linear_residual.cuh.
+#include "cuda/sm90/linear_residual.cuh"
+
+namespace fastvit::sm90 {
+
+template cudaError_t launch_linear_residual<DType::kFloat16, Tile::kPingPong, DType::kFloat16>(const LinearResidual&,
+                                                                                               cudaStream_t);
+template cudaError_t launch_linear_residual<DType::kFloat16, Tile::kSmall, DType::kFloat16>(const LinearResidual&,
+                                                                                            cudaStream_t);
+
+}  // namespace fastvit::sm90

@@ -1,0 +1,101 @@
+"""What `make gpu` does, as far as a machine without a GPU can tell: its stages, and their code on stand-ins."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cuda_passes
+import pytest
+import torch
+
+import fastvit
+from fastvit.ops import _sm90
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu
+
+    monkeypatch.setattr(gpu, "WORK", tmp_path)
+    monkeypatch.delenv("OUT", raising=False)
+    return gpu
+
+
+def test_stages_fit_into_ten_minutes(gpu):
+    assert list(gpu.STAGES) == ["build", "test", "sanitize", "calibrate", "bench"]
+    assert sum(gpu.STAGES.values()) <= gpu.TOTAL_SECONDS <= 600
+
+
+def test_sanitize_without_the_tool_says_so(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "run", lambda *_, **__: (0, "ran\n"))
+    outcome = gpu.sanitize(10, True)
+    assert "compute-sanitizer is neither on the PATH nor under CUDA_HOME" in capsys.readouterr().out
+    assert (outcome["ok"], outcome["watched"]) == (True, False)
+    assert set(outcome["runs"]) == {"cuda unwatched", "triton unwatched"}
+
+
+@pytest.mark.parametrize(("code", "state"), [(0, "clean"), (9, "FOUND ERRORS"), (1, "exit 1"), (None, "out of time")])
+def test_sanitize_reports_each_tool(gpu, monkeypatch, capsys, code, state):
+    commands = []
+    monkeypatch.setattr(gpu.shutil, "which", lambda tool, **_: f"/opt/{tool}")
+    monkeypatch.setattr(gpu, "run", lambda command, *_, **__: commands.append(command) or (code, "=== SUMMARY\n"))
+    outcome = gpu.sanitize(10, False)
+    assert capsys.readouterr().out.count(f": {state}: === SUMMARY") == 4
+    assert outcome["ok"] == (code == 0)
+    assert {(c[2], c[-1]) for c in commands} == {(t, p) for t in gpu.SANITIZERS for p in ("cuda", "triton")}
+    assert all(command[:2] == ["/opt/compute-sanitizer", "--tool"] for command in commands)
+
+
+def test_sanitize_reaches_every_kernel(gpu, monkeypatch):
+    """Every op of each part; each tile of Hopper's products, in both streams, on what its meaning takes."""
+    import gpu_sanitize
+
+    randn, rand = torch.randn, torch.rand
+    monkeypatch.setattr(torch, "randn", lambda *size, device=None, **kw: randn(*size, **kw))
+    monkeypatch.setattr(torch, "rand", lambda *size, device=None, **kw: rand(*size, **kw))
+    monkeypatch.setattr(torch.ops, "fastvit_cuda", SimpleNamespace(**{f.__name__: f for f in cuda_passes.PRODUCTS}))
+    names = []
+    for name, run in gpu_sanitize.products():
+        run()
+        names.append(name)
+    assert len(names) == len(set(names)) == 5 + 2 * 5 + 3
+    ops = {name.split()[0] for part in ("cuda", "triton") for name, _ in gpu_sanitize.cases(part, "cpu")}
+    assert ops == set(fastvit.dispatch.OPS) - {"made_up"}
+
+
+def test_calibration_of_the_kernels(gpu, monkeypatch):
+    """LayerNorm in GB/s in both streams; each product's tiles beside the stock calls, with the ratio of each round."""
+    import gpu_calibrate
+
+    functions = {f.__name__: f for f in cuda_passes.PASSES + cuda_passes.PRODUCTS}
+    functions["linear_residual"] = lambda *_: (_ for _ in ()).throw(RuntimeError("linear_residual: out of luck"))
+    monkeypatch.setattr(torch.ops, "fastvit_cuda", SimpleNamespace(**functions))
+    monkeypatch.setattr(_sm90, "why_not_built", lambda *_: [])
+    monkeypatch.setattr(gpu_calibrate, "ROUNDS", 1)
+    calibration = gpu_calibrate.Calibration(torch.device("cpu"), rehearse=True)
+    with torch.no_grad():
+        calibration.passes()
+        calibration.products()
+    rows = {row["name"]: row for row in calibration.rows}
+    for stream in ("", "-fp32-stream"):
+        for kind in ("fwd", "bwd", "bwd-residual"):
+            assert rows[f"fastvit-layernorm{stream}-{kind}"]["gbps"] > 0
+    assert rows["fc1-gelu-stock"]["ratio"] == 1
+    for tile in ("large", "ping_pong", "small"):
+        assert rows[f"fc1-gelu-{tile}"]["ratio"] > 0
+        assert rows[f"fc2-residual-fp32-stream-{tile}"]["unavailable"] == "linear_residual: out of luck"
+    assert rows["fc2-residual-stock"]["tflops"] > 0
+    json.dumps(calibration.rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the stages would run")
+def test_without_a_gpu_it_says_so():
+    done = subprocess.run([sys.executable, "benchmarks/gpu.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "torch sees no CUDA device here" in done.stderr
