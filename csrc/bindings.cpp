@@ -24,8 +24,7 @@ py::dict build_info() {
 }
 
 py::dict cpu_capabilities() {
-  return py::dict("fp32"_a = cpu::kernels().isa, "bf16"_a = cpu::bf16_gemm_kind(),
-                  "threads"_a = at::get_num_threads());
+  return py::dict("fp32"_a = cpu::kernels().isa, "bf16"_a = cpu::bf16_gemm_kind(), "threads"_a = at::get_num_threads());
 }
 
 py::dict pack_cache_info(const OptionalTensor& weight) {
