@@ -89,7 +89,7 @@ def test_distilled(timm):
 @pytest.mark.parametrize("block", ["ResPostBlock", "ParallelScalingBlock", "ParallelThingsBlock"])
 def test_other_blocks_are_left_alone(timm, block):
     model = build(block_fn=getattr(timm.models.vision_transformer, block))
-    assert_same_results(model, images())
+    assert_same_results(model, images(16))  # of three, one image decides
     assert all(not is_overridden(b) for b in model.blocks)
     rows = [row for row in explain(model).rows if row.module.startswith("blocks.")]
     assert len(rows) == 2
