@@ -20,12 +20,12 @@ BUILT := build/.built-$(shell $(PYTHON) -c 'import sys; print(sys.implementation
 SANITIZED := build/sanitize
 CHECKS := setup lint types unit interpreter sanitize aot wheel-test results-check
 
-.PHONY: help setup system demo test lint types unit interpreter sanitize aot wheel wheel-test bench gpu results \
+.PHONY: help setup system demo test lint types unit interpreter sanitize sanitize-threads aot wheel wheel-test bench gpu results \
 	results-check format clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "setup demo test lint types unit interpreter sanitize aot wheel wheel-test bench gpu results results-check format clean"
+	@echo "setup demo test lint types unit interpreter sanitize sanitize-threads aot wheel wheel-test bench gpu results results-check format clean"
 	@sed -n '1,/^[A-Z]* ?=/{s/^# //p}' Makefile
 
 setup: $(SYSTEM) $(READY) $(BUILT)
@@ -71,7 +71,10 @@ interpreter: setup
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) --disable-warnings tests/test_*_kernel.py
 
 sanitize: setup
-	@.ci/have $(PYTHON) pytest sanitize || exit 0; .ci/sanitize $(PYTHON) $(SANITIZED)
+	@.ci/have $(PYTHON) pytest sanitize || exit 0; .ci/sanitize $(PYTHON) $(SANITIZED) address
+
+sanitize-threads: setup
+	@.ci/have $(PYTHON) pytest sanitize-threads || exit 0; .ci/sanitize $(PYTHON) $(SANITIZED) thread
 
 aot: setup
 	@.ci/have $(PYTHON) triton aot || exit 0; $(PYTHON) benchmarks/aot.py $(ARGS)
