@@ -185,7 +185,8 @@ def cuda_ninja_file(build_dir: Path, output: Path) -> str:
     cxx_flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
     cxx_flags += [f"-isystem{path}" for path in include_paths()]
     link_flags = ["-shared", "-cudart=static", f"-ccbin={cxx}", *[f"-L{path}" for path in library_paths()]]
-    link_flags += ["-ltorch", "-ltorch_cpu", "-lc10"]
+    # libtorch.so alone leads to the CUDA symbols; in a CPU build of torch it is empty, so as-needed would drop it.
+    link_flags += ["-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     include = f"-I{ROOT / 'csrc'}"
     lines = [
         f"nvcc_flags = {' '.join(map(ninja_escape, [include, *nvcc_flags]))}",

@@ -1,7 +1,7 @@
 """Everything there is to learn from a GPU, in at most ten minutes and with nothing to download.
 
     make gpu                                build, test, sanitize, calibrate, bench
-    make gpu STAGES=bench ARGS="--jobs train"
+    make gpu STAGES=test=150,bench=60 ARGS="--jobs train"      chosen stages, with other limits in seconds
 
 Each stage runs as a process of its own within its own time, so that one that fails or hangs takes nothing with it.
 The outcome is one file, benchmarks/results/<gpu>/<date>-<commit>.json, completed by every stage that runs on the same
@@ -11,6 +11,8 @@ day and commit, and copied to $OUT when that is set. ``--rehearse`` runs the sam
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -18,7 +20,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,16 @@ WORK = ROOT / "build" / "gpu"
 TOTAL_SECONDS = 590.0
 # Seconds, in order; they sum to the total.
 STAGES = {"build": 150.0, "test": 120.0, "sanitize": 60.0, "calibrate": 45.0, "bench": 215.0}
-TEST_PROCESSES = 5
+STAGE = re.compile(rf"({'|'.join(STAGES)})(?:=([0-9]+))?(?=,|$)")
+PROCESSES = max(2, (os.cpu_count() or 2) - 2)
+KERNEL_TESTS = (
+    "test_*_kernel.py",
+    "test_cuda_kernels.py",
+    "test_cuda_sm90.py",
+    "test_joint_gradient.py",
+    "test_memory.py",
+)
+OUTCOMES = ("PASSED", "FAILED", "SKIPPED", "ERROR")
 SANITIZERS = ("memcheck", "racecheck")
 FOUND = 9  # exit code of compute-sanitizer when it found something
 
@@ -38,12 +51,11 @@ def main() -> int:
     parser.add_argument("--jobs", default="", help="of the bench stage, the jobs whose name contains this")
     parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU; nothing under results/")
     args = parser.parse_args()
-    wanted = args.stages.split(",")
-    unknown = [name for name in wanted if name not in STAGES]
-    if unknown:
-        parser.error(f"--stages has {unknown[0]!r}, expected some of {', '.join(STAGES)}")
+    wanted = {name: float(seconds or STAGES.get(name, 0)) for name, seconds in STAGE.findall(args.stages)}
+    if unknown := [entry for entry in args.stages.split(",") if not STAGE.fullmatch(entry)]:
+        parser.error(f"--stages has {unknown[0]!r}, expected some of {', '.join(STAGES)}, or one with =SECONDS")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
     import torch
 
     if not args.rehearse and not torch.cuda.is_available():
@@ -55,9 +67,9 @@ def main() -> int:
     path = result_path(facts, args.rehearse)
     result = load(path) | {"machine": facts}
     start = time.monotonic()
-    for name in [stage for stage in STAGES if stage in wanted]:
-        later = sum(STAGES[stage] for stage in wanted if list(STAGES).index(stage) > list(STAGES).index(name))
-        limit = TOTAL_SECONDS - (time.monotonic() - start) - later
+    total = TOTAL_SECONDS if args.stages == ",".join(STAGES) else sum(wanted.values())
+    for index, name in enumerate(wanted):
+        limit = total - (time.monotonic() - start) - sum(list(wanted.values())[index + 1 :])
         print(f"\n== {name} (at most {limit:.0f} s)", flush=True)
         began = time.monotonic()
         outcome = run_stage(name, limit, args, result)
@@ -84,9 +96,15 @@ def save(path: Path, result: dict[str, Any]) -> None:
 
 
 def copy_out(path: Path) -> None:
-    if os.environ.get("OUT"):
-        os.makedirs(os.environ["OUT"], exist_ok=True)
-        shutil.copy(path, os.environ["OUT"])
+    """The result and all logs, where $OUT says."""
+    if not os.environ.get("OUT"):
+        return
+    out = Path(os.environ["OUT"])
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copy(path, out)
+    with tarfile.open(out / "logs.tar.gz", "w:gz") as logs:
+        for log in sorted(WORK.rglob("*.log")):
+            logs.add(log, log.relative_to(WORK))
 
 
 def run_stage(name: str, limit: float, args: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
@@ -109,6 +127,7 @@ def run(command: list[str], limit: float, log: str, **env: str) -> tuple[int | N
     """(exit code, end of the output) of a process; None when it had to be ended at its limit."""
     WORK.mkdir(parents=True, exist_ok=True)
     path = WORK / f"{log}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ | env, start_new_session=True
@@ -116,11 +135,19 @@ def run(command: list[str], limit: float, log: str, **env: str) -> tuple[int | N
         try:
             code: int | None = process.wait(timeout=max(limit, 1))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end(process)
             code = None
-    copy_out(path)
     return code, path.read_text(errors="replace")[-3000:]
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ask first: pytest then tells what it found so far."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=8)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def build(limit: float) -> dict[str, Any]:
@@ -139,41 +166,63 @@ def build(limit: float) -> dict[str, Any]:
 
 
 def test(limit: float, rehearse: bool, result: dict[str, Any]) -> dict[str, Any]:
-    """The parity certificate on the device, then the test files that know about CUDA, several at a time."""
+    """The parity certificate on the device, then the tests of the kernels, side by side on all cores."""
     start = time.monotonic()
-    part = WORK / "parity.json"
-    part.unlink(missing_ok=True)
-    command = [sys.executable, "benchmarks/gpu_parity.py", str(part), *["--rehearse"] * rehearse]
-    code, output = run(command, limit * 0.5, "parity")
-    rows = json.loads(part.read_text())["rows"] if part.exists() else []
-    result["parity"] = rows
-    missed = [row for row in rows if not row["passed"]]
-    print(f"parity: {len(rows) - len(missed)} passed, {len(missed)} failed" + ("" if code in (0, 1) else f"\n{output}"))
-    outcome: dict[str, Any] = {"ok": code == 0, "parity_exit": code, "output": "" if code in (0, 1) else output}
-    for row in missed[:20]:
-        print(f"  {row.get('op') or row.get('model')} {row['name']} {row['dtype']}")
+    outcome = parity(limit * 0.6, rehearse, result)
     if rehearse:
         return outcome
-    counts = run_pytest(limit - (time.monotonic() - start))
-    return outcome | {"ok": outcome["ok"] and all(count["exit"] == 0 for count in counts.values()), "pytest": counts}
+    tests = run_pytest(limit - (time.monotonic() - start))
+    return outcome | {"ok": outcome["ok"] and tests["exit"] == 0, "pytest": tests}
+
+
+def parity(limit: float, rehearse: bool, result: dict[str, Any]) -> dict[str, Any]:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import gpu_parity
+
+    end = time.monotonic() + limit
+    shutil.rmtree(WORK / "parity", ignore_errors=True)
+    (WORK / "parity").mkdir(parents=True)
+
+    def one(part: str) -> tuple[list[dict[str, Any]], str]:
+        """(rows, what went wrong) of one part."""
+        name = part.replace("/", "-")
+        path = WORK / "parity" / f"{name}.json"
+        command = [sys.executable, "benchmarks/gpu_parity.py", str(path), part, *["--rehearse"] * rehearse]
+        code, output = run(command, end - time.monotonic(), f"parity/{name}")
+        rows = json.loads(path.read_text()) if path.exists() else []
+        return rows, "" if code in (0, 1) and rows else "out of time" if code is None else output
+
+    parts = gpu_parity.parts(rehearse)
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        found = dict(zip(parts, pool.map(one, parts), strict=True))
+    rows = result["parity"] = [row for part, _ in found.values() for row in part]
+    missed = [row for row in rows if not row["passed"]]
+    broken = {part: trouble for part, (_, trouble) in found.items() if trouble}
+    print(f"parity: {len(rows) - len(missed)} passed, {len(missed)} failed, {len(broken)} of {len(parts)} parts broke")
+    for row in missed[:30]:
+        errors = " ".join(f"{row[key]:.2e}" for key in ("max_error", "max_limit", "rms_error", "rms_limit"))
+        print(f"  {row.get('op') or row.get('model')} {row['shape']} {row['name']} {row['dtype']}: {errors}")
+    for part, trouble in broken.items():
+        print(f"  {part}: {trouble[-300:].strip()}")
+    return {"ok": not missed and not broken, "broken": broken}
 
 
 def run_pytest(limit: float) -> dict[str, Any]:
-    """Every test file that names CUDA, each in its own process."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "cuda.is_available" in path.read_text()]
-    end = time.monotonic() + limit
-
-    def one(path: Path) -> dict[str, Any]:
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-rf", f"tests/{path.name}"]
-        code, output = run(command, end - time.monotonic(), path.stem, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-        last = output.strip().splitlines()[-1:] or [""]
-        print(f"{path.name}: {last[0] if code is not None else 'out of time'}", flush=True)
-        return {"exit": code, "summary": last[0], "output": "" if code == 0 else output}
-
-    with ThreadPoolExecutor(TEST_PROCESSES) as pool:
-        return {path.name: outcome for path, outcome in zip(files, pool.map(one, files), strict=True)}
+    """The tests that run kernels on the device; those that run them on the CPU have their place in `make test`."""
+    files = [str(path.relative_to(ROOT)) for glob in KERNEL_TESTS for path in sorted((ROOT / "tests").glob(glob))]
+    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--tb=short", "-k", "not cpu", *files]
+    if importlib.util.find_spec("xdist"):
+        command += ["-p", "xdist.plugin", "-n", str(PROCESSES)]
+    code, output = run(command, limit, "pytest", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    log = (WORK / "pytest.log").read_text(errors="replace")
+    line = r"(?m)^\[gw\d+\].* {0} (tests/.*)|^(tests/\S+::.*) {0}\b"
+    found = {word: ["".join(name) for name in re.findall(line.format(word), log)] for word in OUTCOMES}
+    counts = {word: len(names) for word, names in found.items()}
+    failed = sorted(found["FAILED"] + found["ERROR"])
+    state = "" if code is not None else ", out of time"
+    print("pytest: " + ", ".join(f"{count} {word.lower()}" for word, count in counts.items()) + state, flush=True)
+    return {"exit": code, "counts": counts, "failed": failed, "output": "" if code == 0 else output}
 
 
 def sanitize(limit: float, rehearse: bool) -> dict[str, Any]:
@@ -219,7 +268,6 @@ def calibrate(limit: float, rehearse: bool, result: dict[str, Any]) -> dict[str,
 
 def bench(limit: float, args: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
     """The jobs of benchmarks/gpu_jobs.py in order of worth, as many as the time allows."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     import gpu_jobs
 
     end = time.monotonic() + limit
@@ -250,7 +298,7 @@ def bench(limit: float, args: argparse.Namespace, result: dict[str, Any]) -> dic
     return {"ok": all(state == "ok" for state in outcomes.values()), "jobs": outcomes}
 
 
-def report(result: dict[str, Any], wanted: list[str], path: Path) -> int:
+def report(result: dict[str, Any], wanted: Collection[str], path: Path) -> int:
     print("\n== summary")
     failed = 0
     for name in wanted:

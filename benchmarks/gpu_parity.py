@@ -1,4 +1,7 @@
-"""The parity certificate on the device: ops at ViT's sizes, and whole models. Run by benchmarks/gpu.py."""
+"""A part of the parity certificate on the device: an op at ViT's sizes, or a whole model. Run by benchmarks/gpu.py.
+
+python benchmarks/gpu_parity.py OUT attention/bfloat16 [--rehearse]
+"""
 
 from __future__ import annotations
 
@@ -24,25 +27,35 @@ OPS = (
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def main() -> int:
-    rehearse = "--rehearse" in sys.argv
+MODELS = ("vit_small_patch16_224", "vit_base_patch16_224")
+
+
+def parts(rehearse: bool) -> list[str]:
+    """What can be measured side by side: an op or a model, and a dtype."""
+    if rehearse:
+        return [f"{name}/bfloat16" for name in (*OPS, "vit_tiny_patch16_224")]
+    models = [f"{name}/{dtype}" for name in MODELS for dtype in ("bfloat16", "float32")]
+    return models + [f"{op}/{str(dtype).removeprefix('torch.')}" for op in OPS for dtype in DTYPES]
+
+
+def measure(part: str, rehearse: bool) -> list[dict]:
+    name, dtype = part.split("/")[0], getattr(torch, part.split("/")[1])
     device = "cpu" if rehearse else "cuda"
-    shapes = {name: shape for name, shape in VIT_SHAPES.items() if not rehearse or name == "tiny"}
-    rows = []
-    for dtype in DTYPES[:1] if rehearse else DTYPES:
-        for shape in shapes.values():
-            for batch in (3,) if rehearse else (1, 3):
-                for op in OPS:
-                    rows += op_rows(op, shape, batch, dtype, device)
-    for name in ("vit_tiny_patch16_224",) if rehearse else ("vit_small_patch16_224", "vit_base_patch16_224"):
-        torch.manual_seed(0)
-        model = create_model(name)
-        torch.nn.init.normal_(model.head.weight, std=0.02)  # a fresh head of zeros hides every difference
-        for dtype in (torch.bfloat16,) if rehearse else (torch.bfloat16, torch.float32):
-            rows += model_rows(model, torch.randn(2, 3, 224, 224), dtype, device, name)
-    passed = all(row["passed"] for row in rows)
-    Path(sys.argv[1]).write_text(json.dumps({"passed": passed, "rows": rows}))
-    return int(not passed)
+    if name in OPS:
+        shapes = [shape for key, shape in VIT_SHAPES.items() if not rehearse or key == "tiny"]
+        batches = (3,) if rehearse else (1, 3)
+        return [row for shape in shapes for batch in batches for row in op_rows(name, shape, batch, dtype, device)]
+    torch.manual_seed(0)
+    model = create_model(name)
+    torch.nn.init.normal_(model.head.weight, std=0.02)  # a fresh head of zeros hides every difference
+    return model_rows(model, torch.randn(2, 3, 224, 224), dtype, device, name)
+
+
+def main() -> int:
+    out, part = sys.argv[1:3]
+    rows = measure(part, "--rehearse" in sys.argv)
+    Path(out).write_text(json.dumps(rows))
+    return int(not all(row["passed"] for row in rows))
 
 
 if __name__ == "__main__":
