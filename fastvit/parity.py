@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -201,7 +202,8 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    return _first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD")
+    """Of the checkout; a copy without its history is told by FASTVIT_COMMIT."""
+    return os.environ.get("FASTVIT_COMMIT") or _first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD")
 
 
 def _first_line(*command: str) -> str | None:
