@@ -40,6 +40,7 @@ KERNEL_TESTS = (
     "test_joint_gradient.py",
     "test_memory.py",
 )
+ALONE = {"OMP_NUM_THREADS": "1"}  # of as many processes as there are cores
 OUTCOMES = ("PASSED", "FAILED", "SKIPPED", "ERROR")
 SANITIZERS = ("memcheck", "racecheck")
 FOUND = 9  # exit code of compute-sanitizer when it found something
@@ -189,7 +190,7 @@ def parity(limit: float, rehearse: bool, result: dict[str, Any]) -> dict[str, An
         name = part.replace("/", "-")
         path = WORK / "parity" / f"{name}.json"
         command = [sys.executable, "benchmarks/gpu_parity.py", str(path), part, *["--rehearse"] * rehearse]
-        code, output = run(command, end - time.monotonic(), f"parity/{name}")
+        code, output = run(command, end - time.monotonic(), f"parity/{name}", **ALONE)
         rows = json.loads(path.read_text()) if path.exists() else []
         return rows, "" if code in (0, 1) and rows else "out of time" if code is None else output
 
@@ -214,7 +215,7 @@ def run_pytest(limit: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--tb=short", "-k", "not cpu", *files]
     if importlib.util.find_spec("xdist"):
         command += ["-p", "xdist.plugin", "-n", str(PROCESSES)]
-    code, output = run(command, limit, "pytest", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    code, output = run(command, limit, "pytest", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", **ALONE)
     log = (WORK / "pytest.log").read_text(errors="replace")
     line = r"(?m)^\[gw\d+\].* {0} (tests/.*)|^(tests/\S+::.*) {0}\b"
     found = {word: ["".join(name) for name in re.findall(line.format(word), log)] for word in OUTCOMES}

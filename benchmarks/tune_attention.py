@@ -11,10 +11,12 @@ Needs a GPU: nothing about speed can be told without one. Rerun the parity tests
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -27,21 +29,26 @@ KERNELS = ("fwd", "bwd", "bwd_dq")
 
 
 def candidates(kernel: str, dtype: torch.dtype, dim: int, keys: int, arch: int) -> list[AttentionSettings]:
-    """The rule's own choice first, then its neighbours in tile, warps and stages, streaming and whole-sequence."""
+    """The rule's own choice first, then its neighbours: streaming with a matrix instruction's rows a warp group, and
+    whole-sequence."""
     found = [attention_settings(kernel, dtype, dim, keys, arch)]
     cols = found[0].cols
     if dtype.itemsize == 4:
         sizes = product((16, 32, 64), (16, 32), (4, 8), (2,))
-    else:
-        sizes = product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3))
-    found += [AttentionSettings(cols, m, n, num_warps=w, num_stages=s) for m, n, w, s in sizes]
-    if dtype.itemsize == 2 and kernel != "bwd_dq" and keys <= 256 and dim <= 64:
-        forms = {_configs.power_of_two_parts(keys, 16, parts) for parts in (1, 2, 3)}
-        forms |= {(128, 128)} if keys > 128 else set()
-        warps = product(sorted(forms), (32, 64, 128), (4, 8))
-        found += [AttentionSettings(cols, m, keys=tiles, num_warps=w) for tiles, m, w in warps]
-    limits = (None, 255)
-    found += [replace(c, max_registers=limit) for c in found for limit in limits if c.max_registers != limit]
+        return list(
+            dict.fromkeys(found + [AttentionSettings(cols, m, n, num_warps=w, num_stages=s) for m, n, w, s in sizes])
+        )
+    # the side that owns a program's sums has 16 rows for each warp
+    owned = ((64, 4), (128, 8))
+    for (own, warps), other, stages in product(owned, (32, 64, 128), (2, 3)):
+        m, n = (other, own) if kernel == "bwd" else (own, other)
+        found.append(AttentionSettings(cols, m, n, num_warps=warps, num_stages=stages))
+    if kernel == "fwd" and keys <= 256 and dim <= 64:
+        forms = {_configs.power_of_two_parts(keys, 16, parts) for parts in (1, 3)} | {(128, 128)}
+        found += [AttentionSettings(cols, m, keys=form, num_warps=w) for form, (m, w) in product(sorted(forms), owned)]
+    if kernel == "bwd" and keys <= 256 and dim <= 64:
+        for form, m, warps in product(((128, 128), (256,)), (16, 32, 64), (8, 16)):
+            found.append(AttentionSettings(cols, m, keys=form, num_warps=warps))
     return list(dict.fromkeys(found))
 
 
@@ -91,7 +98,7 @@ def microseconds(run: Callable[[], None], rounds: int = 20) -> float:
     try:
         for _ in range(3):
             run()
-    except (OutOfResources, PTXASError):
+    except (OutOfResources, PTXASError, RuntimeError):
         return float("inf")
     times = []
     for _ in range(rounds):
@@ -102,6 +109,29 @@ def microseconds(run: Callable[[], None], rounds: int = 20) -> float:
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end))
     return statistics.median(times)
+
+
+def compile_part(shape: tuple, dtype: torch.dtype, arch: int, part: int, parts: int) -> None:
+    """Every ``parts``-th candidate into Triton's cache."""
+    heads, tokens, dim = shape
+    inputs = Inputs(1, heads, tokens, dim, dtype)
+    jobs = [(kernel, choice) for kernel in KERNELS for choice in candidates(kernel, dtype, dim, tokens, arch)]
+    streams = next(choice for kernel, choice in jobs if kernel == "bwd" and not choice.short)
+    for kernel, choice in jobs[part::parts]:
+        launches = inputs.launches({"bwd": streams, kernel: choice})
+        with contextlib.suppress(Exception):  # what does not compile is found again, and left out, when it is timed
+            launches[-1 if kernel == "bwd" else 0].compile()
+
+
+def compile_all(shape: tuple, dtype: torch.dtype, arch: int) -> None:
+    """On all cores: compiling takes longer than timing."""
+    parts = max(1, (os.cpu_count() or 2) - 1)
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=compile_part, args=(shape, dtype, arch, part, parts)) for part in range(parts)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
 
 
 def time_all(
@@ -162,6 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     table: dict[tuple, list] = {}
     for dim, tokens in shapes:
         print(f"# d{dim} n{tokens}")
+        compile_all((args.heads, tokens, dim), dtype, arch)
         inputs = Inputs(args.batch, args.heads, tokens, dim, dtype)
         for kernel, settings in tune(inputs, dtype, dim, tokens, arch):
             table.setdefault((arch, kernel, args.dtype, dim), []).append((*first_and_last(settings, tokens), settings))

@@ -34,6 +34,11 @@ class Product:
     cols: int
     depth: int
 
+    @property
+    def finish(self) -> tuple[str, bool]:
+        """(activation, whether its argument is kept): qkv has none, fc1 is timed as training runs it."""
+        return ("none", False) if self.cols == 3 * self.depth else ("gelu", True)
+
 
 def products(models: list[str], batches: list[int], dtypes: list[str]) -> Iterator[Product]:
     """The products of a block: qkv, fc1, projection, fc2, and fc2's gradient on its way through the activation."""
@@ -70,7 +75,7 @@ def calls(product: Product) -> dict[str, Callable[[], object]]:
 
     def call(tile: str) -> object:
         if product.op == "linear_act":
-            return ops.linear_act(x, weight, bias, None, None, None, "gelu", True, tile)
+            return ops.linear_act(x, weight, bias, None, None, None, *product.finish, tile)
         if product.op == "linear_residual":
             return ops.linear_residual(x, weight, bias, other, bias, None, tile)
         return ops.linear_act_grad(x, weight, other, "gelu", True, dtype, tile)
@@ -89,12 +94,12 @@ def folding(product: Product) -> dict[str, Callable[[], object]]:
 
     def apart() -> object:
         y = ops.layernorm_fwd(x, scale, shift, 1e-6, dtype)[0]
-        return ops.linear_act(y, weight, bias, None, None, None, "gelu", True, tile)
+        return ops.linear_act(y, weight, bias, None, None, None, *product.finish, tile)
 
     def folded() -> object:
         mean, rstd = ops.row_stats(x, 1e-6)
         narrow, sums, moved = ops.fold_norm(weight, scale, shift, bias)
-        return ops.linear_act(x, narrow, moved, mean, rstd, sums, "gelu", True, tile)
+        return ops.linear_act(x, narrow, moved, mean, rstd, sums, *product.finish, tile)
 
     return {"apart": apart, "folded": folded}
 

@@ -203,7 +203,8 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """Of the checkout; a copy without its history is told by FASTVIT_COMMIT."""
-    return os.environ.get("FASTVIT_COMMIT") or _first_line("git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD")
+    here = str(Path(__file__).parent)
+    return os.environ.get("FASTVIT_COMMIT") or _first_line("git", "-C", here, "rev-parse", "--short=12", "HEAD")
 
 
 def _first_line(*command: str) -> str | None:

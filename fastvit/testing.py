@@ -133,7 +133,7 @@ def errors(value: Tensor, exact: Tensor) -> Errors:
         raise AssertionError(f"shapes differ: value {value.shape}, exact {exact.shape}")
     if value.numel() == 0:
         return Errors(0.0, 0.0)
-    difference = value.detach().double().cpu() - exact.detach().double().cpu()
+    difference = value.detach().to(exact.device).double() - exact.detach().double()
     return Errors(difference.abs().max().item(), difference.square().mean().sqrt().item())
 
 

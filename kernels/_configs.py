@@ -108,7 +108,7 @@ def _general_settings(kernel: str, dtype: Any, dim: int, arch: int) -> Attention
             return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168 if dim <= 96 else 255)
         if kernel == "bwd_dq":
             return AttentionSettings(cols, 32, 16, num_warps=8 if dim <= 96 else 4, num_stages=1, max_registers=255)
-        return AttentionSettings(cols, 16, 16, num_stages=1, max_registers=255)
+        return AttentionSettings(cols, 16, 16, num_warps=4 if dim <= 96 else 8, num_stages=1, max_registers=255)
     wide = dim > 64
     cols = _half_cols(dim)
     if kernel == "fwd":

@@ -51,10 +51,16 @@ class Launch:
 
     def run(self) -> None:
         with torch.cuda.device_of(self.arguments[0]):
-            self.kernel[self.grid](
-                *self.arguments, **self.constexprs,
-                num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self.max_registers,
-            )  # fmt: skip
+            self.kernel[self.grid](*self.arguments, **self.constexprs, **self._options)
+
+    def compile(self) -> None:
+        """Into Triton's cache, for this process and others; nothing runs."""
+        with torch.cuda.device_of(self.arguments[0]):
+            self.kernel.warmup(*self.arguments, **self.constexprs, **self._options, grid=self.grid)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
     @property
     def tiles(self) -> tuple[Any, ...]:

@@ -48,7 +48,9 @@ def stock(q, k, v, attn_mask=None, is_causal=False, dropout_p=0.0, dropout_seed=
             scale=scale,
         )  # fmt: skip
     if attn_mask is not None:
-        attn_mask = torch.atleast_2d(attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype))
+        attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)
+        # in full: on a GPU stock attention misreads a mask that is broadcast along the keys
+        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2]).contiguous()
     return F.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale)
 
 
