@@ -41,6 +41,7 @@ KERNEL_TESTS = (
     "test_memory.py",
 )
 ALONE = {"OMP_NUM_THREADS": "1"}  # of as many processes as there are cores
+LARGE_TESTS = "two_to_the_31"
 OUTCOMES = ("PASSED", "FAILED", "SKIPPED", "ERROR")
 SANITIZERS = ("memcheck", "racecheck")
 FOUND = 9  # exit code of compute-sanitizer when it found something
@@ -212,18 +213,25 @@ def parity(limit: float, rehearse: bool, result: dict[str, Any]) -> dict[str, An
 def run_pytest(limit: float) -> dict[str, Any]:
     """The tests that run kernels on the device; those that run them on the CPU have their place in `make test`."""
     files = [str(path.relative_to(ROOT)) for glob in KERNEL_TESTS for path in sorted((ROOT / "tests").glob(glob))]
-    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--tb=short", "-k", "not cpu", *files]
-    if importlib.util.find_spec("xdist"):
-        command += ["-p", "xdist.plugin", "-n", str(PROCESSES)]
-    code, output = run(command, limit, "pytest", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", **ALONE)
-    log = (WORK / "pytest.log").read_text(errors="replace")
+    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--tb=short", *files]
+    side_by_side = ["-p", "xdist.plugin", "-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
+    end = time.monotonic() + limit
+    # those past 2^31 elements want most of the memory for themselves
+    passes = {"pytest-large": ["-k", f"not cpu and {LARGE_TESTS}"], "pytest": ["-k", f"not cpu and not {LARGE_TESTS}"]}
+    passes["pytest"] += side_by_side
+    codes, log = [], ""
+    for name, choice in passes.items():
+        left = end - time.monotonic()
+        codes.append(run([*command, *choice], left, name, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", **ALONE)[0])
+        log += (WORK / f"{name}.log").read_text(errors="replace")
+    code = next((code for code in codes if code != 0), 0)
     line = r"(?m)^\[gw\d+\].* {0} (tests/.*)|^(tests/\S+::.*) {0}\b"
     found = {word: ["".join(name) for name in re.findall(line.format(word), log)] for word in OUTCOMES}
     counts = {word: len(names) for word, names in found.items()}
     failed = sorted(found["FAILED"] + found["ERROR"])
     state = "" if code is not None else ", out of time"
     print("pytest: " + ", ".join(f"{count} {word.lower()}" for word, count in counts.items()) + state, flush=True)
-    return {"exit": code, "counts": counts, "failed": failed, "output": "" if code == 0 else output}
+    return {"exit": code, "counts": counts, "failed": failed, "output": "" if code == 0 else log[-3000:]}
 
 
 def sanitize(limit: float, rehearse: bool) -> dict[str, Any]:

@@ -28,11 +28,11 @@ def plan(rehearse: bool = False) -> list[Job]:
     compiled = [*PLAIN, "compile"]
     graphs = ["fastvit", "eager", "fastvit-graph", "eager-graph"]
     jobs = [
-        Job("ops-fwd", 40, {"ops": OPS, "mode": "fwd"}),
-        Job("ops-bwd", 50, {"ops": OPS, "mode": "bwd"}),
         Job("infer", 40, {"models": BASE, "mode": "infer", "providers": autocast}),
         Job("train", 60, {"models": BASE, "mode": "train", "providers": [*autocast, "fastvit-lean"]}),
         Job("batch-1", 30, {"models": BASE, "mode": "infer", "batch": 1, "providers": graphs, "rounds": 15}),
+        Job("ops-fwd", 40, {"ops": OPS, "mode": "fwd"}),
+        Job("ops-bwd", 50, {"ops": OPS, "mode": "bwd"}),
         Job("infer-compile", 120, {"models": BASE, "mode": "infer", "providers": compiled}),
         Job("large-infer", 30, {"models": LARGE, "mode": "infer"}),
         Job("large-train", 40, {"models": LARGE, "mode": "train", "batch": 128}),

@@ -45,7 +45,9 @@ def candidates(kernel: str, dtype: torch.dtype, dim: int, keys: int, arch: int) 
         found.append(AttentionSettings(cols, m, n, num_warps=warps, num_stages=stages))
     if kernel == "fwd" and keys <= 256 and dim <= 64:
         forms = {_configs.power_of_two_parts(keys, 16, parts) for parts in (1, 3)} | {(128, 128)}
-        found += [AttentionSettings(cols, m, keys=form, num_warps=w) for form, (m, w) in product(sorted(forms), owned)]
+        for form, (m, warps), running in product(sorted(forms), owned, (False, True)):
+            stages = 1 if running else 2  # queries that wait in shared memory would cost a program
+            found.append(AttentionSettings(cols, m, keys=form, num_warps=warps, num_stages=stages, running=running))
     if kernel == "bwd" and keys <= 256 and dim <= 64:
         for form, m, warps in product(((128, 128), (256,)), (16, 32, 64), (8, 16)):
             found.append(AttentionSettings(cols, m, keys=form, num_warps=warps))

@@ -43,6 +43,7 @@ class AttentionSettings:
     keys: tuple[int, ...] = ()
     num_warps: int = 4
     num_stages: int = 2
+    running: bool = False  # the short forward meets its tiles one by one, with a running row maximum
     max_registers: int | None = None  # said, it keeps ptxas from spilling for the sake of occupancy
 
     @property
@@ -79,7 +80,7 @@ def attention_settings(
     if dtype.itemsize == 4:
         cols = _fp32_cols(dim)
         if kernel == "fwd":
-            return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168 if dim <= 96 else 255)
+            return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168 if dim <= 80 else 255)
         if kernel == "bwd_dq":
             return AttentionSettings(cols, 32, 16, max_registers=168)
         return AttentionSettings(cols, 16, 32, num_warps=8, max_registers=168)
@@ -88,8 +89,12 @@ def attention_settings(
     if kernel == "fwd":
         tiles = power_of_two_parts(keys, 16, 3)
         if sum(tiles) <= (256 if hopper else 224) and not wide:
+            if hopper:  # queries that wait in shared memory, or all scores in registers, would cost a third program
+                return AttentionSettings(cols, 64, keys=tiles, num_stages=1, running=True)
             return AttentionSettings(cols, 64, keys=tiles)
         return AttentionSettings(cols, 128, 64, num_warps=8, num_stages=2 if wide else 3)
+    if arch // 10 == 9 and cols == (64,):  # measured: two kernels of many small programs beat one that holds a head
+        return AttentionSettings(cols, *((64, 32) if kernel == "bwd_dq" else (32, 64)), num_stages=3)
     if kernel == "bwd_dq":
         return AttentionSettings(cols, 64, 64 if hopper or not wide else 32)
     if hopper and cols == (64,) and keys <= 256:  # dK and dV of a whole head stay in registers
@@ -105,10 +110,10 @@ def _general_settings(kernel: str, dtype: Any, dim: int, arch: int) -> Attention
     if dtype.itemsize == 4:
         cols = _fp32_cols(dim)
         if kernel == "fwd":
-            return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168 if dim <= 96 else 255)
+            return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168 if dim <= 80 else 255)
         if kernel == "bwd_dq":
             return AttentionSettings(cols, 32, 16, num_warps=8 if dim <= 96 else 4, num_stages=1, max_registers=255)
-        return AttentionSettings(cols, 16, 16, num_warps=4 if dim <= 96 else 8, num_stages=1, max_registers=255)
+        return AttentionSettings(cols, 16, 16, num_warps=4 if dim <= 64 else 8, num_stages=1, max_registers=255)
     wide = dim > 64
     cols = _half_cols(dim)
     if kernel == "fwd":
@@ -155,6 +160,7 @@ class FewSettings:
     block_n: int
     num_warps: int = 4
     num_stages: int = 1
+    max_registers: int | None = None
 
     def constexprs(self) -> dict[str, Any]:
         return {"COLS": self.cols, "QUERIES": self.queries, "BLOCK_N": self.block_n}
@@ -166,7 +172,8 @@ def few_settings(kernel: str, dtype: Any, dim: int, queries: int) -> FewSettings
     values = 8192 if kernel == "fwd" and dtype.itemsize == 2 and queries <= 2 else 4096
     many = kernel == "bwd" and queries > 2
     block_n = max(16, min(128, (2048 if many else values) // (1 << (sum(cols) - 1).bit_length())))
-    return FewSettings(cols, 1 << (queries - 1).bit_length(), block_n, num_warps=8 if many else 4)
+    registers = 255 if kernel == "bwd" and dtype.itemsize == 4 else None
+    return FewSettings(cols, 1 << (queries - 1).bit_length(), block_n, 8 if many else 4, max_registers=registers)
 
 
 def _fp32_cols(dim: int) -> tuple[int, ...]:

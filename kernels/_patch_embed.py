@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._math import cast, dot
+from ._math import add_dot, cast
 
 # Sizes and strides change with the batch and the image size: none of them may cause a new compilation.
 _SIZES = [
@@ -48,7 +48,7 @@ def patch_embed_fwd_kernel(
             channel = k0 // CHANNEL_RUN if CHANNEL_RUN % BLOCK_K == 0 else (k // CHANNEL_RUN % C)[None, :]
             pixels = _as_float(pixels) * _select(scales, channel, C) + _select(shifts, channel, C)
         weight = _load_columns(weight_rows + k[None, :], k, K, BLOCK_K)
-        acc = dot(cast(pixels, weight.dtype), tl.trans(weight), acc)
+        acc = add_dot(cast(pixels, weight.dtype), tl.trans(weight), acc)
 
     token_rows = tokens_ptr + (rows + batch * num_prefix).to(tl.int64)[:, None] * E
     in_rows = (rows < num_rows)[:, None]
@@ -100,7 +100,7 @@ def patch_embed_dimages_kernel(
         dout = _load_columns(dout_ptr + e[None, :], e, E, BLOCK_K)
         # past E the last row of weight repeats: the zeros of dout remove it
         weight = _load_columns(weight_ptr + tl.minimum(e, E - 1)[:, None] * K + k[None, :], k, K, BLOCK_N)
-        acc = dot(cast(dout, weight.dtype), weight, acc)
+        acc = add_dot(cast(dout, weight.dtype), weight, acc)
 
     scales, _ = _normalisation(None, std_ptr, C, UNIT)
     acc *= _select(scales, (k // CHANNEL_RUN % C)[None, :], C)
@@ -146,7 +146,7 @@ def patch_embed_dweight_kernel(
         pixels = _load_columns(images_ptr + offsets, k, K, BLOCK_N)
         if UNIT != 1 or mean_ptr is not None or std_ptr is not None:
             pixels = _as_float(pixels) * scale + shift
-        acc = dot(tl.trans(cast(dout, COMPUTE)), cast(pixels, COMPUTE), acc)
+        acc = add_dot(tl.trans(cast(dout, COMPUTE)), cast(pixels, COMPUTE), acc)
 
     partial_ptr += split.to(tl.int64) * E * K
     tl.store(partial_ptr + e[:, None] * K + k[None, :], acc, mask=(e < E)[:, None] & (k < K)[None, :])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._math import cast, dot
+from ._math import add_dot, cast, dot
 
 
 @triton.constexpr_function
@@ -79,17 +79,10 @@ def scaled(parts, factor):
 
 @triton.jit
 def inner(a, b):
-    """a b^T, summed over the column parts.
-
-    In float32 each part has a sum of its own: one chain over a whole head loses up to three times as much as stock.
-    """
+    """a b^T, summed over the column parts."""
     total = dot(a[0], b[0].T)
     for i in tl.static_range(1, len(a)):
-        if a[0].dtype == tl.float32:
-            # an fma, because the compiler would turn an addition back into one chain
-            total = tl.fma(dot(a[i], b[i].T), 1.0, total)
-        else:
-            total = dot(a[i], b[i].T, total)
+        total = add_dot(a[i], b[i].T, total)
     return total
 
 
@@ -99,7 +92,7 @@ def outer(weights, values, acc):
     weights = cast(weights, values[0].dtype)
     parts = ()
     for i in tl.static_range(len(values)):
-        parts = parts + (dot(weights, values[i], acc[i]),)
+        parts = parts + (add_dot(weights, values[i], acc[i]),)
     return parts
 
 
@@ -108,7 +101,7 @@ def outer_t(values, weights, acc):
     """acc + values^T weights, part by part: the transpose of outer without turning weights (queries in columns)."""
     parts = ()
     for i in tl.static_range(len(values)):
-        parts = parts + (dot(values[i].T, weights, acc[i]),)
+        parts = parts + (add_dot(values[i].T, weights, acc[i]),)
     return parts
 
 

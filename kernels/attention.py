@@ -33,22 +33,28 @@ _RUNTIME = ["scale", "H", "Nq", "Nk", "blocks"] + [
 
 
 def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return ``out`` and ``lse``, the log of each query's sum of exp(scale * q k^T).
+    """Return ``out`` and ``lse``, the log of each query's sum of exp(scale * q k^T), for the backward.
 
     q        (B, H, Nq, D)  float16 | bfloat16 | float32; D a multiple of 8 from 32 to 128
     k, v     (B, H, Nk, D)  dtype of q
     scale    positive
     out      (B, H, Nq, D)  dtype of q, a view of a contiguous (B, Nq, H, D) tensor
-    lse      (B, H, Nq)     float32
+    lse      (B, H, Nq)     float32; of float32 inputs (2, B, H, Nq): the largest q k^T, log2 of the sum beside it
     """
     _check(q, scale)
     q, k, v = (_rows(t) for t in (q, k, v))
     batch, heads, nq, dim = q.shape
     out = q.new_empty(batch, nq, heads, dim).transpose(1, 2)
-    lse = q.new_empty(batch, heads, nq, dtype=torch.float32)
+    lse = new_statistics(q)
     if q.numel():
         _fwd_launch(q, k, v, out, lse, scale, limits(q.device)).run()
     return out, lse
+
+
+def new_statistics(q: Tensor) -> Tensor:
+    """Room for what the forward saves of every query."""
+    rows = q.shape[:3] if q.dtype.itemsize == 2 else (2, *q.shape[:3])
+    return q.new_empty(rows, dtype=torch.float32)
 
 
 def attention_bwd(
@@ -88,7 +94,7 @@ def aot_cases(arch: int = 90) -> list[AotCase]:
         qkv = torch.empty(2, length, 3, 12, dim, dtype=dtype, device="meta")
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = torch.empty(2, length, 12, dim, dtype=dtype, device="meta").transpose(1, 2)
-        lse = torch.empty(2, 12, length, device="meta")
+        lse = new_statistics(q)
         launches = [_fwd_launch(q, k, v, out, lse, 0.125, device)]
         launches += _bwd_launches(out, q, k, v, out, lse, 0.125, q, k, v, device)
         for launch in launches:
@@ -128,10 +134,11 @@ def _launch(
     rows: tuple[Tensor, ...],
     statistics: tuple[Tensor, ...],
     scalars: tuple[float, ...],
+    **form: bool,
 ) -> Launch:
-    """``rows`` are (B, H, N, D) tensors."""
+    """``rows`` are (B, H, N, D) tensors; ``form`` holds a kernel's switches."""
     unit, strides = unit_strides(rows)
-    constexprs = {"D": rows[0].shape[-1], "UNIT": unit}
+    constexprs = {"D": rows[0].shape[-1], "UNIT": unit, **form}
     return Launch.of(kernel, (programs,), (*rows, *statistics, *strides, *scalars), constexprs, settings)
 
 
@@ -145,7 +152,9 @@ def _fwd_launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale
     # one program takes several query blocks of its head, as many as leave the device full
     blocks = max(1, min(tiles, tiles * batch * heads // (4 * device.processors)))
     programs = triton.cdiv(tiles, blocks) * batch * heads
-    return _launch(_attention_short_fwd_kernel, settings, programs, (q, k, v, out), (lse,), (*scalars, blocks))
+    scalars = (*scalars, blocks)
+    form = {"RUNNING": settings.running}
+    return _launch(_attention_short_fwd_kernel, settings, programs, (q, k, v, out), (lse,), scalars, **form)
 
 
 def _bwd_launches(
@@ -160,7 +169,7 @@ def _bwd_launches(
         rows = (q, k, v, out, dout, dq, dk, dv)
         return [_launch(_attention_short_bwd_kernel, settings, batch * heads, rows, (lse,), scalars)]
     # dQ goes first: it meets every row of dout and out, and leaves delta = sum(dout * out) for dK and dV
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty(q.shape[:3])
     dq_settings = attention_settings("bwd_dq", q.dtype, dim, nk, device.arch)
     dq_programs = triton.cdiv(nq, dq_settings.block_m) * batch * heads
     dkv_programs = triton.cdiv(nk, settings.block_n) * batch * heads
@@ -192,11 +201,36 @@ def _weights(scores, row_max, scale, IEEE: tl.constexpr):
 
 
 @triton.jit
-def _probabilities(scores, lse, scale, IEEE: tl.constexpr):
-    """exp(scale * scores - lse), with the same care."""
+def _statistic_rows(Nq, N, BLOCK: tl.constexpr):
+    """B * H * Nq, in a kernel that gives every head a program for each BLOCK of N rows."""
+    return (tl.num_programs(0) // tl.cdiv(N, BLOCK)).to(tl.int64) * Nq
+
+
+@triton.jit
+def _save_statistics(ptr, offs, rows, inside, row_max, row_sum, scale, IEEE: tl.constexpr):
+    """What the backward needs to know of a query: its log-sum-exp. float32 keeps the row maximum and, ``rows`` values
+    on, log2 of the sum: their sum would be rounded, and all weights of the row with it."""
     if IEEE:
-        return tl.exp2((scores * scale - lse) * _LOG2_E)
-    return tl.exp2(scores * (scale * _LOG2_E) - lse * _LOG2_E)
+        tl.store(ptr + offs, row_max, mask=inside)
+        tl.store(ptr + rows + offs, tl.log2(row_sum), mask=inside)
+    else:
+        tl.store(ptr + offs, row_max * scale + tl.log2(row_sum) * _LN_2, mask=inside)
+
+
+@triton.jit
+def _load_statistics(ptr, offs, rows, inside, IEEE: tl.constexpr):
+    """(row maximum, log2 of the sum), or (log-sum-exp, 0); of a padded query inf, hence p = 0."""
+    top = tl.load(ptr + offs, mask=inside, other=float("inf"))
+    log = tl.load(ptr + rows + offs, mask=inside, other=0.0) if IEEE else 0.0 * top
+    return top, log
+
+
+@triton.jit
+def _probabilities(scores, top, log, scale, IEEE: tl.constexpr):
+    """The weights of the forward, from what it saved."""
+    if IEEE:
+        return tl.exp2((scores - top) * (scale * _LOG2_E) - log)
+    return tl.exp2(scores * (scale * _LOG2_E) - top * _LOG2_E)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -230,8 +264,56 @@ def _attention_fwd_kernel(
         row_max = new_max
     out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
     store(out_ptr, offs_m, stride_on, Nq, scaled(acc, 1.0 / row_sum[:, None]), D, UNIT, COLS)
-    lse = row_max * scale + tl.log2(row_sum) * _LN_2
-    tl.store(lse_ptr + (b * H + h) * Nq + offs_m, lse, mask=offs_m < Nq)
+    statistics, rows = (b * H + h) * Nq + offs_m, _statistic_rows(Nq, Nq, BLOCK_M)
+    _save_statistics(
+        lse_ptr, statistics, rows, offs_m < Nq, row_max, row_sum, scale, q_ptr.dtype.element_ty == tl.float32
+    )
+
+
+@triton.jit
+def _tile_scores(q, k, j, Nk, KEYS: tl.constexpr):
+    """q k^T of key tile ``j``. Only the last tile is ragged: padded keys must not enter the row maximum."""
+    scores = inner(q, k[j])
+    if j == len(KEYS) - 1:
+        scores = tl.where((before(KEYS, j) + tl.arange(0, KEYS[j]))[None, :] < Nk, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _attend_at_once(q, k, v, Nk, scale, BLOCK_M: tl.constexpr, COLS: tl.constexpr, KEYS: tl.constexpr):
+    """(unscaled output, row maximum, row sum) of all keys at once: the maximum is exact and nothing is rescaled."""
+    scores = ()
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    for j in tl.static_range(len(KEYS)):
+        tile = _tile_scores(q, k, j, Nk, KEYS)
+        row_max = tl.maximum(row_max, tl.max(tile, 1))
+        scores = scores + (tile,)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc = zeros(BLOCK_M, COLS)
+    for j in tl.static_range(len(KEYS)):
+        p = _weights(scores[j], row_max[:, None], scale, False)
+        row_sum += tl.sum(p, 1)
+        acc = outer(p, v[j], acc)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _attend_by_tile(q, k, v, Nk, scale, BLOCK_M: tl.constexpr, COLS: tl.constexpr, KEYS: tl.constexpr):
+    """The same with a running maximum: one tile of scores in registers, so more programs share a multiprocessor."""
+    scores = _tile_scores(q, k, 0, Nk, KEYS)
+    row_max = tl.max(scores, 1)
+    p = _weights(scores, row_max[:, None], scale, False)
+    row_sum = tl.sum(p, 1)
+    acc = outer(p, v[0], zeros(BLOCK_M, COLS))
+    for j in tl.static_range(1, len(KEYS)):
+        scores = _tile_scores(q, k, j, Nk, KEYS)
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        p = _weights(scores, new_max[:, None], scale, False)
+        shrink = tl.exp2((row_max - new_max) * (scale * _LOG2_E))
+        row_sum = row_sum * shrink + tl.sum(p, 1)
+        acc = outer(p, v[j], scaled(acc, shrink[:, None]))
+        row_max = new_max
+    return acc, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -241,6 +323,7 @@ def _attention_short_fwd_kernel(
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     scale, H, Nq, Nk, blocks,
     D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
+    RUNNING: tl.constexpr,
 ):  # fmt: skip
     """Several query blocks of one head against all its keys, held in tiles of KEYS rows (197 keys: 128 + 64 + 16)."""
     b, h, pid_m = _split_pid(tl.cdiv(tl.cdiv(Nq, BLOCK_M), blocks), H)
@@ -254,23 +337,12 @@ def _attention_short_fwd_kernel(
     for start_m in range(begin, tl.minimum(begin + blocks * BLOCK_M, Nq), BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
-        scores = ()
-        row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        for j in tl.static_range(len(KEYS)):
-            tile = inner(q, k[j])
-            if j == len(KEYS) - 1:  # only the last tile is ragged: padded keys must not enter the row maximum
-                tile = tl.where((before(KEYS, j) + tl.arange(0, KEYS[j]))[None, :] < Nk, tile, float("-inf"))
-            row_max = tl.maximum(row_max, tl.max(tile, 1))
-            scores = scores + (tile,)
-        row_sum = tl.zeros((BLOCK_M,), tl.float32)
-        acc = zeros(BLOCK_M, COLS)
-        for j in tl.static_range(len(KEYS)):
-            p = _weights(scores[j], row_max[:, None], scale, False)
-            row_sum += tl.sum(p, 1)
-            acc = outer(p, v[j], acc)
+        if RUNNING:
+            acc, row_max, row_sum = _attend_by_tile(q, k, v, Nk, scale, BLOCK_M, COLS, KEYS)
+        else:
+            acc, row_max, row_sum = _attend_at_once(q, k, v, Nk, scale, BLOCK_M, COLS, KEYS)
         store(out_ptr, offs_m, stride_on, Nq, scaled(acc, 1.0 / row_sum[:, None]), D, UNIT, COLS)
-        lse = row_max * scale + tl.log2(row_sum) * _LN_2
-        tl.store(lse_ptr + (b * H + h) * Nq + offs_m, lse, mask=offs_m < Nq)
+        _save_statistics(lse_ptr, (b * H + h) * Nq + offs_m, 0, offs_m < Nq, row_max, row_sum, scale, False)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -292,7 +364,8 @@ def _attention_bwd_dq_kernel(
     q = load(_head(q_ptr, b, h, stride_qb, stride_qh, UNIT), offs_m, stride_qn, Nq, D, UNIT, COLS)
     k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
     v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
-    lse = tl.load(lse_ptr + statistics, mask=offs_m < Nq, other=0.0)
+    IEEE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    top, log = _load_statistics(lse_ptr, statistics, _statistic_rows(Nq, Nq, BLOCK_M), offs_m < Nq, IEEE)
     dq = zeros(BLOCK_M, COLS)
     for start_n in range(0, Nk, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -300,7 +373,7 @@ def _attention_bwd_dq_kernel(
         v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
         # a padded key scores 0, perhaps far above a very negative lse: its p would overflow
         scores = tl.where(offs_n[None, :] < Nk, inner(q, k), float("-inf"))
-        p = _probabilities(scores, lse[:, None], scale, k[0].dtype == tl.float32)
+        p = _probabilities(scores, top[:, None], log[:, None], scale, IEEE)
         dq = outer(p * (inner(dout, v) - delta[:, None]), k, dq)
     dq_ptr = _head(dq_ptr, b, h, stride_dqb, stride_dqh, UNIT)
     store(dq_ptr, offs_m, stride_dqn, Nq, scaled(dq, scale), D, UNIT, COLS)
@@ -323,15 +396,16 @@ def _attention_bwd_dkv_kernel(
     dout_ptr = _head(dout_ptr, b, h, stride_dob, stride_doh, UNIT)
     dk = zeros(BLOCK_N, COLS)
     dv = zeros(BLOCK_N, COLS)
+    IEEE: tl.constexpr = k[0].dtype == tl.float32
+    rows = _statistic_rows(Nq, Nk, BLOCK_N)
     for start_m in range(0, Nq, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
         dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
         statistics = (b * H + h) * Nq + offs_m
-        # a padded query has lse = inf, hence p = 0
-        lse = tl.load(lse_ptr + statistics, mask=offs_m < Nq, other=float("inf"))
+        top, log = _load_statistics(lse_ptr, statistics, rows, offs_m < Nq, IEEE)
         delta = tl.load(delta_ptr + statistics, mask=offs_m < Nq, other=0.0)
-        p = _probabilities(inner(k, q), lse[None, :], scale, k[0].dtype == tl.float32)
+        p = _probabilities(inner(k, q), top[None, :], log[None, :], scale, IEEE)
         dv = outer(p, dout, dv)
         dk = outer(p * (inner(v, dout) - delta[None, :]), q, dk)
     dk_ptr = _head(dk_ptr, b, h, stride_dkb, stride_dkh, UNIT)
@@ -368,9 +442,7 @@ def _attention_short_bwd_kernel(
         out = load(out_ptr, offs_m, stride_on, Nq, D, UNIT, COLS)
         dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
         delta = row_sum(out, dout)
-        # a padded query has lse = inf, hence p = 0
-        lse_ptrs = lse_ptr + (b * H + h) * Nq + offs_m
-        lse = tl.load(lse_ptrs, mask=offs_m < Nq, other=float("inf"))
+        top, log = _load_statistics(lse_ptr, (b * H + h) * Nq + offs_m, 0, offs_m < Nq, False)
         new_dk = ()
         new_dv = ()
         dq_t = zeros_t(COLS, BLOCK_M)
@@ -378,7 +450,7 @@ def _attention_short_bwd_kernel(
             scores = inner(k[j], q)
             if j == len(KEYS) - 1:  # a padded key scores 0, perhaps far above a very negative lse: its p would overflow
                 scores = tl.where((before(KEYS, j) + tl.arange(0, KEYS[j]))[:, None] < Nk, scores, float("-inf"))
-            p = _probabilities(scores, lse[None, :], scale, False)
+            p = _probabilities(scores, top[None, :], log[None, :], scale, False)
             new_dv = new_dv + (outer(p, dout, dv[j]),)
             ds = cast(p * (inner(v[j], dout) - delta[None, :]), q[0].dtype)
             new_dk = new_dk + (outer(ds, q, dk[j]),)

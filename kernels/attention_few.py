@@ -21,7 +21,18 @@ from ._configs import AotCase, few_settings
 from ._launch import Launch
 from ._math import cast
 from ._tiles import before, load, scaled, store
-from .attention import _LN_2, _RUNTIME, _check, _head, _launch, _probabilities, _rows, _weights
+from .attention import (
+    _RUNTIME,
+    _check,
+    _head,
+    _launch,
+    _load_statistics,
+    _probabilities,
+    _rows,
+    _save_statistics,
+    _weights,
+    new_statistics,
+)
 
 MOST_QUERIES = 4
 
@@ -32,7 +43,7 @@ def attention_few_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
     q, k, v = (_rows(t) for t in (q, k, v))
     batch, heads, nq, dim = q.shape
     out = q.new_empty(batch, nq, heads, dim).transpose(1, 2)
-    lse = q.new_empty(batch, heads, nq, dtype=torch.float32)
+    lse = new_statistics(q)
     if q.numel():
         _fwd_launch(q, k, v, out, lse, scale).run()
     return out, lse
@@ -65,7 +76,7 @@ def aot_cases() -> list[AotCase]:
     for queries, dim, dtype in sizes:
         q, out = (torch.empty(2, queries, 12, dim, dtype=dtype, device="meta").transpose(1, 2) for _ in range(2))
         k, v = torch.empty(2, 197, 2, 12, dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4).unbind(0)
-        lse = torch.empty(2, 12, queries, device="meta")
+        lse = new_statistics(q)
         launches = (_fwd_launch(q, k, v, out, lse, 0.125), _bwd_launch(out, q, k, v, out, lse, 0.125, q, k, v))
         for launch in launches:
             kernel = launch.kernel.fn.__name__.strip("_")
@@ -200,9 +211,10 @@ def _attention_few_fwd_kernel(
         accs = new_accs
     out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
     lse_ptr += (b * H + h) * Nq
+    rows = tl.num_programs(0).to(tl.int64) * Nq
     for m in tl.static_range(QUERIES):
         _store_row(out_ptr + m * stride_on * UNIT, scaled(accs[m], 1.0 / sums[m]), m < Nq, D, COLS)
-        tl.store(lse_ptr + m, tops[m] * scale + tl.log2(sums[m]) * _LN_2, mask=m < Nq)
+        _save_statistics(lse_ptr, m, rows, m < Nq, tops[m], sums[m], scale, q_ptr.dtype.element_ty == tl.float32)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -227,6 +239,8 @@ def _attention_few_bwd_kernel(
     dk_ptr = _head(dk_ptr, b, h, stride_dkb, stride_dkh, UNIT)
     dv_ptr = _head(dv_ptr, b, h, stride_dvb, stride_dvh, UNIT)
     lse_ptr += (b * H + h) * Nq
+    rows = tl.num_programs(0).to(tl.int64) * Nq
+    IEEE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     dq = ()
     rest = ()
     mean = ()
@@ -244,10 +258,10 @@ def _attention_few_bwd_kernel(
         new_rest = ()
         new_mean = ()
         for m in tl.static_range(QUERIES):
-            # a padded query has lse = inf, a padded key a score of -inf: p = 0
-            lse = tl.load(lse_ptr + m, mask=m < Nq, other=float("inf"))
+            # a padded key has a score of -inf: p = 0
+            top, log = _load_statistics(lse_ptr, m, rows, m < Nq, IEEE)
             scores = tl.where(offs_n < Nk, _dot_row(k, q[m]), float("-inf"))
-            p = _probabilities(scores, lse, scale, True)
+            p = _probabilities(scores, top, log, scale, IEEE)
             delta = tl.sum(out[m][0] * dout[m][0], 0)
             for i in tl.static_range(1, len(COLS)):
                 delta += tl.sum(out[m][i] * dout[m][i], 0)

@@ -52,8 +52,14 @@ def run(q, k, v, dout, scale, grads=None):
     return {"out": out, "dq": dq, "dk": dk, "dv": dv}, lse
 
 
+def log_sum_exp(saved, scale):
+    """float32 saves two numbers a row."""
+    return saved if saved.dim() == 3 else saved[0] * scale + saved[1] * math.log(2)
+
+
 def torch_run(fn, q, k, v, dout, scale, dtype):
-    inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in (q, k, v)]
+    # contiguous: on a GPU stock's kernels refuse rows that do not start at multiples of 16 bytes
+    inputs = [tensor.detach().to(dtype).contiguous().requires_grad_() for tensor in (q, k, v)]
     out = fn(*inputs, scale=scale)
     grads = torch.autograd.grad(out, inputs, dout.to(dtype))
     return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *grads), strict=True))
@@ -68,7 +74,7 @@ def assert_parity(q, k, v, scale=None, dout=None, grads=None, factor=2.0):
     for name, value in fused.items():
         assert_as_accurate(value, eager[name], exact[name], name, factor)
     scores = q.double() @ k.double().transpose(-2, -1) * scale
-    error = (lse.double() - torch.logsumexp(scores, -1)).abs().max().item()
+    error = (log_sum_exp(lse.double(), scale) - torch.logsumexp(scores, -1)).abs().max().item()
     assert error <= 2e-6 * (1 + scores.abs().max().item()), f"lse is off by {error}"
 
 
@@ -85,9 +91,10 @@ def test_one_token(dtype):
     dout = torch.randn_like(v)
     fused, lse = run(q, k, v, dout, 0.125)
     assert torch.equal(fused["out"], v)
-    assert torch.equal(fused["dv"], dout)
+    # of the same products, but perhaps not summed in the same order
+    torch.testing.assert_close(fused["dv"], dout, rtol=2e-7, atol=0.0)
     assert max(fused["dq"].abs().max(), fused["dk"].abs().max()) < 1e-5
-    torch.testing.assert_close(lse, (q.double() * k.double()).sum(-1).mul(0.125).float())
+    torch.testing.assert_close(log_sum_exp(lse, 0.125), (q.double() * k.double()).sum(-1).mul(0.125).float())
 
 
 @pytest.mark.parametrize(

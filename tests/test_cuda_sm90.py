@@ -201,12 +201,12 @@ def test_the_rule_chooses_what_is_compiled(op, dtype):
 
 def test_the_rule_follows_the_waves():
     assert _tiles.choose("linear_act", "bfloat16", 197, 3072, 768) == "small"  # batch 1 must spread
-    assert _tiles.choose("linear_act", "bfloat16", 50432, 3072, 768) == "ping_pong"  # a short K: hide the epilogue
-    assert _tiles.choose("linear_residual", "bfloat16", 50432, 768, 3072) == "large"
+    assert _tiles.choose("linear_act", "bfloat16", 50000, 3072, 768) == "ping_pong"  # a short K: hide the epilogue
+    assert _tiles.choose("linear_residual", "bfloat16", 50000, 768, 3072) == "large"
 
 
 def test_a_timed_tile_goes_before_the_rule(monkeypatch):
-    key = ("linear_act", "bfloat16", 50432, 3072, 768)
+    key = ("linear_act", "bfloat16", 50000, 3072, 768)
     monkeypatch.setitem(_tiles.TIMED, key, "large")
     _tiles.choose.cache_clear()
     assert _tiles.choose(*key) == "large"

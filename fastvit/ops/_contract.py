@@ -11,6 +11,8 @@ from torch import Tensor
 from .. import _extension, packs
 from ..dispatch import Backend
 
+# asked once: torch.compile of PyTorch 2.11 cannot trace the question
+AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -46,7 +48,7 @@ def check_dtype(op: str, name: str, tensor: Tensor | None, allowed: tuple[torch.
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to matrix products on ``x``'s device, or None when it is off."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or device not in AUTOCAST_DEVICES:
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 

@@ -164,8 +164,9 @@ def _tokens_first(q: Tensor) -> Tensor:
 
 
 def _statistics(rows: tuple[int, ...], like: Tensor, backend: str) -> Tensor:
-    """What the backward needs to know of (B, H, Nq) softmax rows: log-sum-exp, or in C++ the shift and 1 / sum."""
-    return like.new_empty((2, *rows) if backend == "cpp" else rows, dtype=torch.float32)
+    """What the backward needs to know of (B, H, Nq) softmax rows: log-sum-exp, or in C++ and float32 two numbers."""
+    two = backend == "cpp" or like.dtype == torch.float32
+    return like.new_empty((2, *rows) if two else rows, dtype=torch.float32)
 
 
 def _fwd(q, k, v, attn_mask, is_causal, scale, backend):
