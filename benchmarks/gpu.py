@@ -74,7 +74,7 @@ def main() -> int:
         limit = total - (time.monotonic() - start) - sum(list(wanted.values())[index + 1 :])
         print(f"\n== {name} (at most {limit:.0f} s)", flush=True)
         began = time.monotonic()
-        outcome = run_stage(name, limit, args, result)
+        outcome = run_stage(name, limit, args, result, path)
         result["stages"][name] = outcome | {"seconds": round(time.monotonic() - began, 1)}
         save(path, result)
     return report(result, wanted, path)
@@ -109,7 +109,7 @@ def copy_out(path: Path) -> None:
             logs.add(log, log.relative_to(WORK))
 
 
-def run_stage(name: str, limit: float, args: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
+def run_stage(name: str, limit: float, args: argparse.Namespace, result: dict[str, Any], path: Path) -> dict[str, Any]:
     """Run one stage; what it found goes into ``result``, how it went is returned."""
     try:
         if name == "build":
@@ -120,7 +120,7 @@ def run_stage(name: str, limit: float, args: argparse.Namespace, result: dict[st
             return sanitize(limit, args.rehearse)
         if name == "calibrate":
             return calibrate(limit, args.rehearse, result)
-        return bench(limit, args, result)
+        return bench(limit, args, result, path)
     except Exception as error:  # the next stage may still tell something
         return {"ok": False, "error": f"{type(error).__name__}: {error}"}
 
@@ -275,8 +275,8 @@ def calibrate(limit: float, rehearse: bool, result: dict[str, Any]) -> dict[str,
     return {"ok": code == 0, "exit": code, "output": "" if code == 0 else output}
 
 
-def bench(limit: float, args: argparse.Namespace, result: dict[str, Any]) -> dict[str, Any]:
-    """The jobs of benchmarks/gpu_jobs.py in order of worth, as many as the time allows."""
+def bench(limit: float, args: argparse.Namespace, result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The jobs of benchmarks/gpu_jobs.py in order of worth, as many as fit; ``path`` is written after each."""
     import gpu_jobs
 
     end = time.monotonic() + limit
@@ -302,6 +302,7 @@ def bench(limit: float, args: argparse.Namespace, result: dict[str, Any]) -> dic
         found = json.loads(part.read_text()) if part.exists() else {"rows": [], "refused": [], "table": ""}
         for key in ("rows", "refused"):
             result[key] += [row | {"job": job.name} for row in found[key]]
+        save(path, result)
         outcomes[job.name] = "ok" if code == 0 else "out of time" if code is None else f"exit {code}: {output[-800:]}"
         print(f"-- {job.name}: {outcomes[job.name]}\n{found['table']}", flush=True)
     return {"ok": all(state == "ok" for state in outcomes.values()), "jobs": outcomes}

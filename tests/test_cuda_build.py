@@ -4,6 +4,7 @@ import importlib.util
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -89,6 +90,15 @@ def test_the_compiler_is_given_cutlass_for_hopper_alone(run_setup, cutlass, tmp_
     assert re.findall(r",code=(\w+)", flags["sm90_flags"]) == ["sm_90a"]
     assert str(cutlass) not in flags["nvcc_flags"]
     assert re.search(r"^build \S*sm90_linear_act_bf16\.cu\.o: sm90_cu ", text, re.MULTILINE)
+
+
+@pytest.mark.skipif(not list(ROOT.glob("fastvit/_cuda*.so")), reason="the CUDA library is not built")
+@pytest.mark.skipif(not shutil.which("readelf"), reason="no readelf")
+def test_the_library_leads_to_the_cuda_symbols_of_torch():
+    """Through libtorch.so, which holds nothing in a CPU build of torch: the linker must not drop it."""
+    library = next(ROOT.glob("fastvit/_cuda*.so"))
+    needs = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert "[libtorch.so]" in needs
 
 
 def test_no_nvcc_is_a_skip_that_says_so(run_setup):

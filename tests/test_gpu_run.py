@@ -94,6 +94,22 @@ def test_calibration_of_the_kernels(gpu, monkeypatch):
     json.dumps(calibration.rows)
 
 
+def test_a_run_that_is_ended_keeps_what_it_timed(gpu, monkeypatch, tmp_path):
+    def run(command, *_, **__):
+        if done:
+            raise KeyboardInterrupt
+        done.append(command)
+        Path(command[2]).write_text(json.dumps({"rows": [{"p50_ms": 1.0}], "refused": [], "table": ""}))
+        return 0, ""
+
+    done = []
+    monkeypatch.setattr(gpu, "run", run)
+    path = tmp_path / "result.json"
+    with pytest.raises(KeyboardInterrupt):
+        gpu.bench(100, SimpleNamespace(rehearse=True, jobs=""), gpu.load(path), path)
+    assert [row["p50_ms"] for row in gpu.load(path)["rows"]] == [1.0]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: the stages would run")
 def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, "benchmarks/gpu.py"], cwd=ROOT, capture_output=True, text=True)
