@@ -113,7 +113,8 @@ def share(ours: dict[str, Any], eager: dict[str, Any] | None, key: str) -> str:
 
 
 def main() -> int:
-    text = [line for result in results() for line in section(result)]
+    gpus_first = sorted(results(), key=lambda result: "capability" not in result["machine"])
+    text = [line for result in gpus_first for line in section(result)]
     if text:
         text.append(
             "Times are medians; ratios are medians of ratios taken within interleaved rounds; memory and error are"

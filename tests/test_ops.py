@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvit
 from fastvit import _extension, ops, reference
@@ -295,3 +297,28 @@ def test_ops_survive_activation_checkpointing():
     checkpoint(lambda: ops.layernorm_mlp(**again), use_reentrant=False).square().sum().backward()
     for name, value in inputs.items():
         torch.testing.assert_close(again[name].grad, value.grad)
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@needs_cpp
+def test_an_op_that_is_watched_goes_through_pytorch():
+    """Without gradients it is called straight away, but for modes, tracers and tensor classes; the results are one."""
+    inputs = make_inputs("linear_residual", VIT_SHAPES["tiny"], 1, torch.float32)
+    with torch.no_grad():
+        expected = fastvit.ops.linear_residual(**inputs)
+        with _Seen() as seen:
+            watched = fastvit.ops.linear_residual(**inputs)
+        traced = make_fx(lambda x: fastvit.ops.linear_residual(**inputs | {"x": x}))(inputs["x"].detach())
+    assert seen.names == ["fastvit.linear_residual_fwd.default"]
+    assert torch.equal(watched, expected)
+    assert "fastvit.linear_residual_fwd" in traced.code
+    assert torch.equal(fastvit.ops.linear_residual(**inputs), expected)

@@ -12,11 +12,34 @@ _LIBRARY = torch.library.Library("fastvit", "FRAGMENT")
 
 
 def define(name: str, schema: str, impl: Callable, fake: Callable) -> Callable:
-    """Define ``fastvit::<name><schema>``; return what calls it. The same ``impl`` serves every device."""
+    """Define ``fastvit::<name><schema>``; return what calls it. The same ``impl`` serves every device.
+
+    Where nobody watches, ``impl`` is called straight away: PyTorch's way through a Python op costs more than it does.
+    """
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastvit::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.fastvit, name).default
+    op = getattr(torch.ops.fastvit, name).default
+
+    def call(*args: Any) -> Any:
+        return op(*args) if torch.compiler.is_compiling() or _is_watched(args) else impl(*args)
+
+    return call
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_watched(args: tuple) -> bool:
+    """Whether autograd, a tracer, a transform, a mode or a tensor's own class may want to see the op."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or any(isinstance(value, Tensor) and type(value) not in _PLAIN for value in args)
+    )
 
 
 def register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
