@@ -29,7 +29,7 @@ def results() -> Iterator[dict[str, Any]]:
         files.sort(key=lambda result: result["machine"]["date"], reverse=True)
         newest = files[0]["machine"]
         same = [result for result in files if all(result["machine"].get(key) == newest.get(key) for key in VERSIONS)]
-        yield {"machine": newest, "commits": _commits(same), "cases": _newest_cases(same)}
+        yield {"machine": newest, "folder": folder.name, "commits": _commits(same), "cases": _newest_cases(same)}
 
 
 def _commits(files: list[dict[str, Any]]) -> list[str]:
@@ -61,7 +61,7 @@ def section(result: dict[str, Any]) -> list[str]:
     if machine.get("driver"):
         versions.append(f"driver {machine['driver']}")
     made = f"commit {', '.join(result['commits'])}; {machine['date'][:10]}"
-    lines = [f"**{machine['device']}**, {', '.join(versions)}; {made}.", ""]
+    lines = [f"**{machine['device']}** (`{result['folder']}`), {', '.join(versions)}; {made}.", ""]
     lines += ["| " + " | ".join(HEAD) + " |", "|" + "---|" * 4 + "---:|" * (len(HEAD) - 4)]
     return lines + ["| " + " | ".join(line(case)) + " |" for case in result["cases"]] + [""]
 
