@@ -49,7 +49,7 @@ def stock(q, k, v, attn_mask=None, is_causal=False, dropout_p=0.0, dropout_seed=
         )  # fmt: skip
     if attn_mask is not None:
         attn_mask = attn_mask if attn_mask.dtype == torch.bool else attn_mask.to(q.dtype)
-        # in full: on a GPU stock attention misreads a mask that is broadcast along the keys
+        # in full: on a GPU, stock given a mask broadcast along the keys made this fail
         attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2]).contiguous()
     return F.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale)
 
