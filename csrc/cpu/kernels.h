@@ -10,7 +10,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
+#include "../normal_tail.h"
 #include "attention.h"
 #include "dtypes.h"
 #include "epilogue.h"

@@ -1,8 +1,11 @@
 #include "rows.h"
 
+#include <algorithm>
+
 #include "gemm.h"
 
 namespace fastvit::cpu {
+
 Rows rows_of(const at::Tensor& tensor) {
   const int64_t width = tensor.size(-1);
   at::Tensor rows = tensor.reshape({-1, width});
@@ -18,8 +21,18 @@ const float* Rows::as_float(int64_t i, float* buffer) const {
 
 at::Tensor padded_vector(const std::optional<at::Tensor>& vector, int64_t size, float missing) {
   const bool given = vector.has_value() && vector->defined();
-  at::Tensor padded = at::full({round_up(size, PANEL)}, given ? 0.0f : missing, at::kFloat);
-  if (given) padded.narrow(0, 0, size).copy_(*vector);
+  const int64_t padded_size = round_up(size, PANEL);
+  if (given && vector->scalar_type() == at::kFloat && size == padded_size && vector->is_contiguous()) return *vector;
+  at::Tensor padded = at::empty({padded_size}, at::kFloat);
+  float* values = padded.mutable_data_ptr<float>();
+  if (!given) {
+    std::fill_n(values, padded_size, missing);
+    return padded;
+  }
+  const bool known = vector->scalar_type() == at::kBFloat16 || vector->scalar_type() == at::kHalf;
+  const at::Tensor source = (known ? *vector : vector->to(at::kFloat)).contiguous();
+  scale_row(source.const_data_ptr(), source.scalar_type(), size, 1.0f, values, at::kFloat);
+  std::fill_n(values + size, padded_size - size, 0.0f);
   return padded;
 }
 

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "layernorm_mlp.h"
+#include "normal_tail.h"
 
 #ifdef __CUDACC__
 #define FASTVIT_BOTH __host__ __device__ __forceinline__
@@ -49,20 +50,18 @@ FASTVIT_BOTH float magnitude(float x, float limit) {
 #endif
 }
 
-// Phi(-a), the normal distribution's tail, as 2^p(a). p is the minimax fit of log2 Phi(-a) on [0, 6]: the result is
-// within 5e-5 of its own size there, and below 1e-9 beyond. bf16 rounds to 2e-3, fp16 to 2.4e-4.
+// Phi(-a) for a in [0, NormalTail::end]; see the fit.
 FASTVIT_BOTH float normal_tail(float a) {
-  float p = 2.299002154e-05f;
-  p = fmaf(p, a, -6.110993563e-04f);
-  p = fmaf(p, a, 7.195561193e-03f);
-  p = fmaf(p, a, -5.118532106e-02f);
-  p = fmaf(p, a, -4.612719417e-01f);
-  p = fmaf(p, a, -1.150174260e+00f);
-  p = fmaf(p, a, -1.000064731e+00f);
+  float p = NormalTail::c6;
+  p = fmaf(p, a, NormalTail::c5);
+  p = fmaf(p, a, NormalTail::c4);
+  p = fmaf(p, a, NormalTail::c3);
+  p = fmaf(p, a, NormalTail::c2);
+  p = fmaf(p, a, NormalTail::c1);
+  p = fmaf(p, a, NormalTail::c0);
   return fast_exp2(p);
 }
 
-constexpr float kTailEnd = 14.f;  // 2^p is zero in float32 from here on
 constexpr float kLog2E = 1.4426950409f, kNormalPeak = 0.3989422804f;
 constexpr float kTanhScale = 0.7978845608f, kTanhCubic = 0.044715f;  // sqrt(2 / pi)
 
@@ -81,7 +80,7 @@ FASTVIT_BOTH Gate gate(float h) {
     const float z = 2.f * kTanhScale * h * (1.f + kTanhCubic * h * h);
     return sigmoid_gate<FAST>(z, 2.f * kTanhScale * (1.f + 3.f * kTanhCubic * h * h));
   } else if constexpr (ACT == Activation::kGelu && FAST) {
-    const float tail = normal_tail(magnitude(h, kTailEnd));
+    const float tail = normal_tail(magnitude(h, NormalTail::end));
     return {h > 0.f ? 1.f - tail : tail, kNormalPeak * fast_exp2(-0.5f * kLog2E * h * h)};
   } else if constexpr (ACT == Activation::kGelu) {
     return {0.5f + 0.5f * erff(0.7071067812f * h), kNormalPeak * expf(-0.5f * h * h)};
@@ -93,7 +92,7 @@ FASTVIT_BOTH Gate gate(float h) {
 template <Activation ACT, bool FAST>
 FASTVIT_BOTH float activate(float h) {
   if constexpr (ACT == Activation::kGelu && FAST) {
-    const float a = magnitude(h, kTailEnd);
+    const float a = magnitude(h, NormalTail::end);
     return fmaf(-a, normal_tail(a), fmaxf(h, 0.f));
   } else {
     return h * gate<ACT, FAST>(h).value;

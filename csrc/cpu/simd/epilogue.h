@@ -10,24 +10,34 @@ FASTVIT_INLINE S* at_row(const TileTarget& target, int64_t row) {
   return static_cast<S*>(target.data) + row * target.stride;
 }
 
-template <class S>
-FASTVIT_INLINE void store_biased_as(const TileSource& tile, const TileTarget& target) {
+// body(row, n, columns from n on) for every sixteen columns; all sixteen are there in most tiles, and known to be.
+template <class Body>
+FASTVIT_INLINE void each_vector(const TileSource& tile, const Body& body) {
   for (int64_t r = 0; r < tile.rows; ++r) {
-    for (int64_t n = 0; n < tile.columns; n += LANES) {
-      const f32x16 value = load16(tile.products + r * tile.ld + n) + load16(tile.bias + n);
-      store_part(at_row<S>(target, r) + n, value, tile.columns - n);
+    if (tile.columns == PANEL) {
+#pragma GCC unroll 4
+      for (int64_t n = 0; n < PANEL; n += LANES) body(r, n, LANES);
+    } else {
+      for (int64_t n = 0; n < tile.columns; n += LANES) body(r, n, tile.columns - n);
     }
   }
 }
 
+FASTVIT_INLINE f32x16 biased(const TileSource& tile, int64_t r, int64_t n) {
+  return load16(tile.products + r * tile.ld + n) + load16(tile.bias + n);
+}
+
+template <class S>
+FASTVIT_INLINE void store_biased_as(const TileSource& tile, const TileTarget& target) {
+  each_vector(tile, [&](int64_t r, int64_t n, int64_t left)
+                        FASTVIT_ALWAYS_INLINE { store_part(at_row<S>(target, r) + n, biased(tile, r, n), left); });
+}
+
 template <class S, Activation A>
 FASTVIT_INLINE void store_activated_by(const TileSource& tile, const TileTarget& activated) {
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    for (int64_t n = 0; n < tile.columns; n += LANES) {
-      const f32x16 h = load16(tile.products + r * tile.ld + n) + load16(tile.bias + n);
-      store_part(at_row<S>(activated, r) + n, h * gate<A>(h), tile.columns - n);
-    }
-  }
+  each_vector(tile, [&](int64_t r, int64_t n, int64_t left) FASTVIT_ALWAYS_INLINE {
+    store_part(at_row<S>(activated, r) + n, activate<S, A>(biased(tile, r, n)), left);
+  });
 }
 
 template <class S>
@@ -44,18 +54,11 @@ FASTVIT_INLINE void store_activated_as(const TileSource& tile, Activation act, c
 
 template <class S>
 FASTVIT_INLINE void store_residual_as(const ResidualTile& args) {
-  const TileSource& tile = args.tile;
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    const float row_scale = args.row_scale(args.first_row + r);
-    const S* residual = args.residual ? static_cast<const S*>(args.residual) + r * args.residual_stride : nullptr;
-    for (int64_t n = 0; n < tile.columns; n += LANES) {
-      const int64_t left = tile.columns - n;
-      f32x16 value = load16(tile.products + r * tile.ld + n) + load16(tile.bias + n);
-      value = value * load16(args.layer_scale + n) * row_scale;
-      if (residual) value += load_part(residual + n, left);
-      store_part(at_row<S>(args.target, r) + n, value, left);
-    }
-  }
+  each_vector(args.tile, [&](int64_t r, int64_t n, int64_t left) FASTVIT_ALWAYS_INLINE {
+    f32x16 value = biased(args.tile, r, n) * load16(args.layer_scale + n) * args.row_scale(args.first_row + r);
+    if (args.residual) value += load_part(static_cast<const S*>(args.residual) + r * args.residual_stride + n, left);
+    store_part(at_row<S>(args.target, r) + n, value, left);
+  });
 }
 
 template <class S, Activation A>

@@ -7,8 +7,8 @@ namespace fastvit::cpu::FASTVIT_ISA {
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 
-// exp(x) to 1 ulp; 0 below the smallest normal number, inf above the largest.
-FASTVIT_INLINE f32x16 exp16(f32x16 x) {
+// exp(x) to 1 ulp for x below 88; 0 below the smallest normal number.
+FASTVIT_INLINE f32x16 exp16_of_small(f32x16 x) {
   constexpr float round_bias = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const f32x16 shifted = x * 1.44269504f + round_bias;
   const f32x16 n = shifted - round_bias;
@@ -20,8 +20,35 @@ FASTVIT_INLINE f32x16 exp16(f32x16 x) {
   p = p * f + 1.0f;
   p = p * f + 1.0f;
   const u32x16 power = (bits(shifted) << 23) + 0x3f800000u;
-  const f32x16 value = select(x < -87.3f, 0.0f, p * from_bits(power));
-  return select(x > 88.3f, INF, value);
+  return select(x < -87.3f, 0.0f, p * from_bits(power));
+}
+
+// The same for any x; inf above the largest number.
+FASTVIT_INLINE f32x16 exp16(f32x16 x) { return select(x > 88.3f, INF, exp16_of_small(x)); }
+
+// 2^x to 3e-6 of its size, for x from -126 to 127.
+FASTVIT_INLINE f32x16 coarse_exp2(f32x16 x) {
+  constexpr float round_bias = 12582912.0f;  // as in exp16
+  const f32x16 shifted = x + round_bias;
+  const f32x16 f = x - (shifted - round_bias);
+  f32x16 p = f * 9.570086467e-3f + 5.591790116e-2f;
+  p = p * f + 2.402474546e-1f;
+  p = p * f + 6.931218100e-1f;
+  p = p * f + 9.999992612e-1f;
+  return from_bits(bits(p) + (bits(shifted) << 23));
+}
+
+// x * normal_cdf(x) to 5e-5 of its size, which bfloat16 rounds away: max(x, 0) - |x| Phi(-|x|).
+FASTVIT_INLINE f32x16 coarse_gelu(f32x16 x) {
+  const f32x16 magnitude = from_bits(bits(x) & 0x7fffffff);
+  const f32x16 a = select(magnitude > NormalTail::end, NormalTail::end, magnitude);
+  f32x16 p = a * NormalTail::c6 + NormalTail::c5;
+  p = p * a + NormalTail::c4;
+  p = p * a + NormalTail::c3;
+  p = p * a + NormalTail::c2;
+  p = p * a + NormalTail::c1;
+  p = p * a + NormalTail::c0;
+  return select(x < 0.0f, 0.0f, x) - a * coarse_exp2(select(p < -126.0f, -126.0f, p));
 }
 
 struct Gate {
@@ -40,7 +67,7 @@ FASTVIT_INLINE f32x16 normal_cdf(f32x16 x) {
   r = r * t + -6.34846687e-1f;
   r = r * t + -1.28717512e-1f;
   r = r * t - t;
-  const f32x16 tail = exp16(r) * 0.5f;
+  const f32x16 tail = exp16_of_small(r) * 0.5f;
   const f32x16 far = select(a < 0.0f, tail, 1.0f - tail);
 
   f32x16 q = s * -5.96761703e-4f + 4.99119423e-3f;
@@ -61,10 +88,17 @@ FASTVIT_INLINE f32x16 gate(f32x16 x) {
   return sigmoid(1.702f * x);
 }
 
+// The activation itself, as exact as a result in S can be.
+template <class S, Activation A>
+FASTVIT_INLINE f32x16 activate(f32x16 x) {
+  if constexpr (A == Activation::gelu && std::is_same_v<S, c10::BFloat16>) return coarse_gelu(x);
+  return x * gate<A>(x);
+}
+
 template <Activation A>
 FASTVIT_INLINE Gate gate_and_slope(f32x16 x) {
   const f32x16 g = gate<A>(x);
-  if constexpr (A == Activation::gelu) return {g, exp16(x * x * -0.5f) * 0.398942280f};
+  if constexpr (A == Activation::gelu) return {g, exp16_of_small(x * x * -0.5f) * 0.398942280f};
   if constexpr (A == Activation::gelu_tanh) return {g, g * (1.0f - g) * (1.59576912f + 0.214064449f * x * x)};
   return {g, g * (1.0f - g) * 1.702f};
 }

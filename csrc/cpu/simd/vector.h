@@ -8,7 +8,8 @@
 
 #include "../kernels.h"
 
-#define FASTVIT_INLINE inline __attribute__((always_inline))
+#define FASTVIT_ALWAYS_INLINE __attribute__((always_inline))
+#define FASTVIT_INLINE inline FASTVIT_ALWAYS_INLINE
 #define FASTVIT_EACH_PART for (int i = 0; i < PARTS; ++i)
 
 // Vectors cross only inlined calls, so the warning about their calling convention says nothing here.
@@ -192,7 +193,19 @@ FASTVIT_INLINE u32x16 bf16_bits(f32x16 value) {
   return select((raw & 0x7fffffff) > 0x7f800000u, 0x7fc0u, rounded);
 }
 
+#if FASTVIT_HAS_DOT_PAIRS
+// The processor's own rounding, where it has one: also to nearest even, but numbers below 2^-126 become 0. The
+// intrinsic would bind the templates to one target.
+static const bool ROUNDS_TO_BF16 = __builtin_cpu_supports("avx512bf16");
+FASTVIT_INLINE void store16(c10::BFloat16* dst, f32x16 value) {
+  if (!ROUNDS_TO_BF16) return store_u16(dst, bf16_bits(value));
+  shorts rounded;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(value.part[0]));
+  __builtin_memcpy(dst, &rounded, sizeof(rounded));
+}
+#else
 FASTVIT_INLINE void store16(c10::BFloat16* dst, f32x16 value) { store_u16(dst, bf16_bits(value)); }
+#endif
 
 // Round to nearest even by adding a power of two that pushes the discarded bits out of the mantissa.
 FASTVIT_INLINE void store16(c10::Half* dst, f32x16 value) {
