@@ -15,6 +15,9 @@ namespace fastvit {
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 enum class Activation : int { kGelu, kGeluTanh, kQuickGelu, kNone };  // kNone: GEMM epilogues only
 
+// Whether the library holds kernels for the current device; cudaErrorNoKernelImageForDevice where it does not.
+cudaError_t has_kernels();
+
 struct Matrix {
   void* data = nullptr;
   int64_t stride = 0;

@@ -243,6 +243,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_scale_bwd(Tensor g, Tensor weight, Mayb
   return {dweight, dbias, dlayer_scale};
 }
 
+std::string why_not_device(int64_t index) {
+  const torch::stable::accelerator::DeviceGuard guard{int32_t(index)};
+  const cudaError_t error = has_kernels();
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
 }  // namespace
 }  // namespace fastvit
 
@@ -266,6 +272,11 @@ STABLE_TORCH_LIBRARY(fastvit_cuda, m) {
   m.def(
       "layer_scale_bwd(Tensor g, Tensor weight, Tensor? bias, Tensor? sums, Tensor layer_scale)"
       " -> (Tensor, Tensor, Tensor)");
+  m.def("why_not_device(int index) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CompositeExplicitAutograd, m) {
+  m.impl("why_not_device", TORCH_BOX(&fastvit::why_not_device));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CUDA, m) {

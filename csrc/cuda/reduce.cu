@@ -25,6 +25,13 @@ __global__ void __launch_bounds__(kSumCols* kSumRows) sum_partials_kernel(SumPar
   if (threadIdx.y == 0 && col < p.cols && out.data != nullptr) store_param(out, col, shared[0][threadIdx.x]);
 }
 
+cudaError_t has_kernels() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(sum_partials_kernel));
+  cudaGetLastError();  // an answer, not an error for the next launch to find
+  return error;
+}
+
 cudaError_t launch_sum_partials(const SumPartials& p, cudaStream_t stream) {
   if (p.cols == 0) return cudaSuccess;
   const dim3 grid(unsigned(ceil_div(p.cols, kSumCols)), p.vectors), block(kSumCols, kSumRows);
