@@ -61,10 +61,13 @@ def why_not_cuda() -> list[str]:
     return list(WHY_NOT_CUDA)
 
 
-@torch.compiler.assume_constant_result
 def why_not_card(index: int) -> str:
     """Why the CUDA library, which is loaded, does not run on this device; empty where it does."""
     return _ask_card(index)
+
+
+# torch.compiler.assume_constant_result, which would import the compiler
+why_not_card._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
