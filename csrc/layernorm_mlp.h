@@ -15,6 +15,9 @@ namespace fastvit {
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 enum class Activation : int { kGelu, kGeluTanh, kQuickGelu, kNone };  // kNone: GEMM epilogues only
 
+// Whether the library holds kernels for the current device; cudaErrorNoKernelImageForDevice where it does not.
+cudaError_t has_kernels();
+
 struct Matrix {
   void* data = nullptr;
   int64_t stride = 0;
@@ -133,10 +136,10 @@ struct FoldNorm {
 };
 cudaError_t launch_fold_norm(const FoldNorm& p, cudaStream_t stream);
 
-// From g = (dout * row_scale)^T input and sums = column sums of dout * row_scale:
+// From g = (dout * row_scale)^T input, as P matrices to be added, and sums = column sums of dout * row_scale:
 // dweight = layer_scale g,  dbias = layer_scale sums,  dlayer_scale_j = <weight_j, g_j> + bias_j sums_j
 struct LayerScaleBwd {
-  Matrix g;             // (O, C) float32
+  Matrix g;             // (P O, C) float32
   Matrix weight;        // (O, C)
   Vector bias;          // (O,)   optional, weight's dtype
   const float* sums;    // (O,)   optional
@@ -145,6 +148,7 @@ struct LayerScaleBwd {
   Vector dbias;         // (O,)   optional, weight's dtype
   Vector dlayer_scale;  // (O,)   layer_scale's dtype
   int64_t rows, cols;   // O, C
+  int parts;            // P
 };
 cudaError_t launch_layer_scale_bwd(const LayerScaleBwd& p, cudaStream_t stream);
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -58,6 +59,21 @@ def why_not_cpp() -> list[str]:
 
 def why_not_cuda() -> list[str]:
     return list(WHY_NOT_CUDA)
+
+
+def why_not_card(index: int) -> str:
+    """Why the CUDA library, which is loaded, does not run on this device; empty where it does."""
+    return _ask_card(index)
+
+
+# torch.compiler.assume_constant_result, which would import the compiler
+why_not_card._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _ask_card(index: int) -> str:
+    reason = torch.ops.fastvit_cuda.why_not_device(index)
+    return reason and f"the CUDA library has no kernels for cuda:{index} ({reason})"
 
 
 def why_not_triton() -> list[str]:

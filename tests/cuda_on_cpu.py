@@ -22,14 +22,26 @@ NAME = "fastvit_cuda_on_cpu"
 SM90 = [ROOT / "csrc" / "cuda" / "sm90" / "ops.cpp", ROOT / "tests" / "sm90_on_cpu.cpp"]
 MULTIPROCESSORS = 2
 
+FAILURE = "FASTVIT_CUDA_ON_CPU_FAILS"  # the number of an error: what every launch then ends in
 RUNTIME = f"""
 #include <cuda_runtime_api.h>
 #include <cstdint>
+#include <cstdlib>
 extern "C" {{
 cudaError_t cudaGetDevice(int* device) {{ *device = 0; return cudaSuccess; }}
 cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr, int) {{ *v = {MULTIPROCESSORS}; return cudaSuccess; }}
-cudaError_t cudaGetLastError() {{ return cudaSuccess; }}
-const char* cudaGetErrorString(cudaError_t) {{ return "error"; }}
+cudaError_t cudaGetLastError() {{
+  const char* number = std::getenv("{FAILURE}");
+  return number == nullptr ? cudaSuccess : cudaError_t(std::atoi(number));
+}}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {{ return cudaGetLastError(); }}
+const char* cudaGetErrorString(cudaError_t error) {{
+  switch (error) {{
+    case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
+    case cudaErrorLaunchOutOfResources: return "too many resources requested for launch";
+    default: return "error";
+  }}
+}}
 int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {{ *stream = nullptr; return 0; }}
 int32_t aoti_torch_create_device_guard(int32_t, void** guard) {{ *guard = nullptr; return 0; }}
 int32_t aoti_torch_delete_device_guard(void*) {{ return 0; }}
@@ -56,7 +68,11 @@ def translate(source: str) -> str:
 
     translated = launch.sub(replace, source)
     assert "<<<" not in translated, "a launch was not translated"
-    return translated.replace("fastvit_cuda, CUDA, m", f"{NAME}, CPU, m").replace("(fastvit_cuda, m)", f"({NAME}, m)")
+    return (
+        translated.replace("fastvit_cuda, CUDA, m", f"{NAME}, CPU, m")
+        .replace("fastvit_cuda, Comp", f"{NAME}, Comp")
+        .replace("(fastvit_cuda, m)", f"({NAME}, m)")
+    )
 
 
 @functools.cache

@@ -119,6 +119,7 @@ def column_sum(x, dtype):
 
 
 def layer_scale_bwd(g, weight, bias, sums, layer_scale):
+    g = g.view(-1, *weight.shape).sum(0)
     scale_f = wide(layer_scale)
     dlayer_scale = (g * wide(weight)).sum(1)
     if bias is not None and sums is not None:

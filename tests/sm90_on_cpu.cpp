@@ -52,7 +52,7 @@ cudaError_t launch_linear_act(const LinearAct& p, cudaStream_t) {
       row_of<T>(p.y, m)[n] = from_float<T>(y);
     }
   }
-  return cudaSuccess;
+  return cudaGetLastError();
 }
 
 template <DType DTYPE, Tile TILE, DType STREAM>
@@ -68,7 +68,7 @@ cudaError_t launch_linear_residual(const LinearResidual& p, cudaStream_t) {
       row_of<Out>(p.y, m)[n] = from_float<Out>(std::fma(scale, sum, to_float(row_of<Out>(p.residual, m)[n])));
     }
   }
-  return cudaSuccess;
+  return cudaGetLastError();
 }
 
 template <DType DTYPE, Tile TILE>
@@ -91,7 +91,7 @@ cudaError_t launch_linear_act_grad(const LinearActGrad& p, cudaStream_t) {
       if (partials != nullptr) partials[n] += dh;
     }
   }
-  return cudaSuccess;
+  return cudaGetLastError();
 }
 
 #define FASTVIT_TILE(DTYPE, TILE)                                                                       \

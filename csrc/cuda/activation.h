@@ -65,10 +65,12 @@ FASTVIT_BOTH float normal_tail(float a) {
 constexpr float kLog2E = 1.4426950409f, kNormalPeak = 0.3989422804f;
 constexpr float kTanhScale = 0.7978845608f, kTanhCubic = 0.044715f;  // sqrt(2 / pi)
 
+// sigmoid(z), and its derivative times dz. From e^-|z|, since 1 - sigmoid(z) would lose every digit of a large z.
 template <bool FAST>
 FASTVIT_BOTH Gate sigmoid_gate(float z, float dz) {
-  const float s = FAST ? fast_reciprocal(1.f + fast_exp2(-kLog2E * z)) : 1.f / (1.f + expf(-z));
-  return {s, s * (1.f - s) * dz};
+  const float e = FAST ? fast_exp2(-kLog2E * fabsf(z)) : expf(-fabsf(z));
+  const float large = FAST ? fast_reciprocal(1.f + e) : 1.f / (1.f + e), small = e * large;
+  return {z > 0.f ? large : small, large * small * dz};
 }
 
 // FAST is for 16-bit results.

@@ -221,10 +221,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_scale_bwd(Tensor g, Tensor weight, Mayb
   LayerScaleBwd p{};
   p.g = checks.matrix("g", g);
   checks.same_dtype("g", p.g.dtype, "float32", DType::kFloat32);
-  const int64_t rows = g.size(0), cols = g.size(1);
+  const int64_t rows = weight.dim() == 2 ? weight.size(0) : 0, cols = g.size(1);
   p.weight = checks.matrix("weight", weight, rows, cols, "g");
+  checks.expect(
+      rows == 0 ? g.size(0) == 0 : g.size(0) > 0 && g.size(0) % rows == 0,
+      "g has " + std::to_string(g.size(0)) + " rows, expected a multiple of weight's " + std::to_string(rows));
   p.bias = checks.vector("bias", bias, rows, p.weight.dtype, "weight");
-  p.sums = checks.floats("sums", sums, rows, "the rows of g");
+  p.sums = checks.floats("sums", sums, rows, "the rows of weight");
   p.layer_scale = checks.vector("layer_scale", layer_scale, rows, p.weight.dtype, "weight");
   const OnDevice device(g);
   Tensor dweight = empty(weight, {rows, cols}, weight.scalar_type());
@@ -235,8 +238,15 @@ std::tuple<Tensor, Tensor, Tensor> layer_scale_bwd(Tensor g, Tensor weight, Mayb
   p.dlayer_scale = {dlayer_scale.data_ptr(), p.layer_scale.dtype};
   p.rows = rows;
   p.cols = cols;
+  p.parts = rows == 0 ? 0 : int(g.size(0) / rows);
   check_launch("layer_scale_bwd", launch_layer_scale_bwd(p, device.stream()));
   return {dweight, dbias, dlayer_scale};
+}
+
+std::string why_not_device(int64_t index) {
+  const torch::stable::accelerator::DeviceGuard guard{int32_t(index)};
+  const cudaError_t error = has_kernels();
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
 }  // namespace
@@ -262,6 +272,11 @@ STABLE_TORCH_LIBRARY(fastvit_cuda, m) {
   m.def(
       "layer_scale_bwd(Tensor g, Tensor weight, Tensor? bias, Tensor? sums, Tensor layer_scale)"
       " -> (Tensor, Tensor, Tensor)");
+  m.def("why_not_device(int index) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CompositeExplicitAutograd, m) {
+  m.impl("why_not_device", TORCH_BOX(&fastvit::why_not_device));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CUDA, m) {

@@ -25,6 +25,13 @@ __global__ void __launch_bounds__(kSumCols* kSumRows) sum_partials_kernel(SumPar
   if (threadIdx.y == 0 && col < p.cols && out.data != nullptr) store_param(out, col, shared[0][threadIdx.x]);
 }
 
+cudaError_t has_kernels() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(sum_partials_kernel));
+  cudaGetLastError();  // an answer, not an error for the next launch to find
+  return error;
+}
+
 cudaError_t launch_sum_partials(const SumPartials& p, cudaStream_t stream) {
   if (p.cols == 0) return cudaSuccess;
   const dim3 grid(unsigned(ceil_div(p.cols, kSumCols)), p.vectors), block(kSumCols, kSumRows);
@@ -45,6 +52,12 @@ __global__ void __launch_bounds__(kScaleThreads) layer_scale_bwd_kernel(LayerSca
     float g[N], weight[N];
     load(row_of<const float>(p.g, row) + col, g);
     load(row_of<const T>(p.weight, row) + col, weight);
+    for (int part = 1; part < p.parts; ++part) {
+      float more[N];
+      load(row_of<const float>(p.g, part * p.rows + row) + col, more);
+#pragma unroll
+      for (int i = 0; i < N; ++i) g[i] += more[i];
+    }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       dot[0] += g[i] * weight[i];

@@ -84,7 +84,10 @@ def why_not_compiled(backend: str, x: Tensor, weight: Tensor, name: str = "x") -
         "cpp": (_extension.why_not_cpp, "cpu"),
         "cuda": (_extension.why_not_cuda, "cuda"),
     }[backend]
-    reasons = built() + why_not_device(backend, device_type, x) + why_not_dtype(name, x)
+    reasons = built() + why_not_device(backend, device_type, x)
+    if backend == "cuda" and not reasons and (no_kernels := _extension.why_not_card(x.device.index)):
+        reasons.append(no_kernels)
+    reasons += why_not_dtype(name, x)
     return reasons if weight.dtype == x.dtype else reasons + why_not_dtype("the weight", weight)
 
 

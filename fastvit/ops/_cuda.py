@@ -306,7 +306,7 @@ def _weight_grads(
     if inputs is None or not (wants_weight or wants_scale):
         dbias = (sums * layer_scale).to(weight.dtype) if wants_bias and sums is not None else None
         return None, dbias, None
-    g = _float32_product(dbranch.t(), inputs)
+    g = _scale_product(dbranch, inputs)
     scale = _readable(layer_scale, weight)
     dweight, dbias, dlayer_scale = ops.layer_scale_bwd(g, _rows(weight), _dense(bias), sums, scale)
     return (
@@ -314,6 +314,25 @@ def _weight_grads(
         dbias if wants_bias else None,
         dlayer_scale.to(layer_scale.dtype) if wants_scale else None,
     )
+
+
+def _scale_product(dbranch: Tensor, inputs: Tensor) -> Tensor:
+    """``dbranch^T inputs`` in float32, as P matrices to be added, (P O, F).
+
+    LayerScale's gradient is taken from it. Stock PyTorch takes it from the branch, whose elements are sums of F terms:
+    sums of all M rows would lose to that in float32, so no product adds more than F rows. TF32 rounds more than either.
+    """
+    rows, depth = inputs.shape
+    parts = max(-(-rows // depth), min(4, rows // 128))
+    if dbranch.dtype != torch.float32 or parts <= 1 or torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return _float32_product(dbranch.t(), inputs)
+    each = rows // parts
+    grouped, rest = slice(parts * each), slice(parts * each, None)
+    left, right = (t[grouped].unflatten(0, (parts, each)) for t in (dbranch, inputs))
+    out = torch.bmm(left.transpose(1, 2), right)
+    if parts * each < rows:
+        out[-1].addmm_(dbranch[rest].t(), inputs[rest])
+    return out.flatten(0, 1)
 
 
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
