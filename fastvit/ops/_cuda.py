@@ -159,7 +159,7 @@ def _norm_linear_act(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``act(h), h, mean, rstd`` with ``h = linear(layer_norm(x))``, (M, F), empty without ``save``."""
     params = _norm(norm_weight, norm_bias, weight)
-    if _sm90.folds(x, weight) and not _sm90.why_not(ops, weight.shape[0], x=x, weight=weight):
+    if _sm90.folds(x, weight) and _sm90.takes(ops, weight.shape[0], x=x, weight=weight):
         mean, rstd = ops.row_stats(x, eps)
         folded, sums, shift = ops.fold_norm(weight, *params, _dense(bias))
         tile = _sm90.tile("linear_act", x, weight.shape[0])
@@ -169,7 +169,7 @@ def _norm_linear_act(
 
 
 def _linear_act(y: Tensor, weight: Tensor, bias: Tensor | None, act: str, save: bool) -> tuple[Tensor, Tensor]:
-    if not _sm90.why_not(ops, weight.shape[0], y=y, weight=weight):
+    if _sm90.takes(ops, weight.shape[0], y=y, weight=weight):
         tile = _sm90.tile("linear_act", y, weight.shape[0])
         return ops.linear_act(y, weight, _dense(bias), None, None, None, act, save, tile)
     h = F.linear(y, weight, bias)
@@ -184,7 +184,7 @@ def _act_grad(
     dbranch: Tensor, weight: Tensor, h: Tensor, act: str, wants_a: bool, sums_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``dh = (dbranch @ weight) * act'(h)``, ``act(h)`` once more, and the column sums of ``dh``."""
-    if not _sm90.why_not(ops, weight.shape[1], dbranch=dbranch, weight=weight, h=h):
+    if _sm90.takes(ops, weight.shape[1], dbranch=dbranch, weight=weight, h=h):
         tile = _sm90.tile("linear_act_grad", dbranch, weight.shape[1])
         dh, a, sums = ops.linear_act_grad(dbranch, weight, h, act, wants_a, sums_dtype, tile)
         return dh, a if wants_a else None, sums
@@ -202,6 +202,8 @@ def _rows(x: Tensor) -> Tensor:
 def _norm(norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """LayerNorm's parameters in one dtype the passes read: the weight's, or float32."""
     norm_weight, norm_bias = _dense(norm_weight), _dense(norm_bias)
+    if norm_weight is not None and norm_bias is not None and norm_weight.dtype == norm_bias.dtype == weight.dtype:
+        return norm_weight, norm_bias
     dtypes = {t.dtype for t in (norm_weight, norm_bias) if t is not None}
     if dtypes <= {weight.dtype} or dtypes <= {torch.float32}:
         return norm_weight, norm_bias
@@ -235,9 +237,9 @@ def _linear_residual(
     dtype: torch.dtype,
 ) -> Tensor:
     """``residual + row_scale * layer_scale * linear(x)``, (M, O) in ``dtype``."""
-    x = x.to(weight.dtype)
+    x = x if x.dtype == weight.dtype else x.to(weight.dtype)
     cols = weight.shape[0]
-    if residual is not None and not _sm90.why_not(ops, cols, residual, x=x, weight=weight):
+    if residual is not None and _sm90.takes(ops, cols, residual, x=x, weight=weight):
         factors = _readable(layer_scale, weight), _row_factors(row_scale, x.shape[0])
         return ops.linear_residual(x, weight, _dense(bias), residual, *factors, _sm90.tile("linear_residual", x, cols))
     plain = layer_scale is None and row_scale is None

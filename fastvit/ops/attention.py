@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -144,11 +146,18 @@ def _launch_bwd(backend, dout, q, k, v, attn_mask, is_causal, out, lse, scale, d
 
 def _kernels(q: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Triton's forward and backward for this number of queries."""
+    many, few = _triton()
+    if q.shape[2] <= few.MOST_QUERIES:
+        return few.attention_few_fwd, few.attention_few_bwd
+    return many.attention_fwd, many.attention_bwd
+
+
+@cache
+def _triton() -> tuple[ModuleType, ModuleType]:
+    """The kernels for many queries, and for few."""
     from ..kernels import attention, attention_few  # type: ignore[attr-defined]
 
-    if q.shape[2] <= attention_few.MOST_QUERIES:
-        return attention_few.attention_few_fwd, attention_few.attention_few_bwd
-    return attention.attention_fwd, attention.attention_bwd
+    return attention, attention_few
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
@@ -198,6 +207,10 @@ def _as_heads(tokens: Tensor, num_heads: int) -> Tensor:
 
 
 def _packed_fwd(qkv, num_heads, scale, backend):
+    if backend == "triton":
+        many, few = _triton()
+        if qkv.shape[1] > few.MOST_QUERIES and many.reads_packed(qkv):
+            return many.attention_packed_fwd(qkv, num_heads, scale)
     q, k, v = reference.unpack_qkv(_rows_contiguous(qkv), num_heads)
     out, lse = _fwd(q, k, v, None, False, scale, backend)
     return out.transpose(1, 2).flatten(2), lse
