@@ -23,6 +23,7 @@ from .resample import resample_pos_embed
 for _op in ("attention", "attention_packed", "layernorm_linear", "layernorm_mlp", "linear_residual", "patch_embed"):
     torch.fx.wrap(_op)  # symbolic tracing records the op itself, not the checks inside it
 
+
 def why_not_skip(module: Any, name: str, *kinds: str) -> list[str]:
     """Reasons why an op may not stand in for ``module``: it is none of ``kinds``, or its call is watched or changed."""
     kind = kind_of(module)

@@ -74,9 +74,7 @@ def attention_packed(
     """
     if scale is None and qkv.dim() and num_heads >= 1 and qkv.shape[-1]:
         scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
-    return _contract.call(
-        ATTENTION_PACKED, _check_packed, (0,), qkv, num_heads, dropout_p, scale, q_norm, k_norm, rope
-    )
+    return _contract.call(ATTENTION_PACKED, _check_packed, (0,), qkv, num_heads, dropout_p, scale, q_norm, k_norm, rope)
 
 
 def _check(q, k, v, attn_mask, is_causal, dropout_p, scale, q_norm, k_norm, rope) -> None:
