@@ -41,18 +41,19 @@ _hooks = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "
 class BlockParts(NamedTuple):
     """Tensors and settings of a block that is nothing but the four ops."""
 
-    norm1: tuple[Tensor | None, ...]
+    norm1: tuple[Any, Any]
+    """Weight and bias, as of every tuple here."""
     eps1: float
-    qkv: tuple[Tensor | None, ...]
+    qkv: tuple[Any, Any]
     heads: tuple[int, float, float]
     """num_heads, dropout_p, scale"""
-    head_norms: dict[str, HeadNorm]
-    proj: tuple[Tensor | None, ...]
+    head_norms: dict[str, Any]
+    proj: tuple[Any, Any]
     gamma1: Tensor | None
     drop_path1: nn.Module | None
     """None also where it drops nothing now."""
-    mlp: tuple[Tensor | None, ...]
-    """Weight and bias of norm2, fc1 and fc2."""
+    mlp: tuple[Any, Any, Any, Any, Any, Any]
+    """Of norm2, fc1 and fc2."""
     eps2: float
     act: str
     gamma2: Tensor | None
@@ -151,14 +152,14 @@ def _plain(tensor: Any) -> Tensor | None:
     return tensor
 
 
-def _linear(own: dict[str, Any]) -> tuple[Tensor | None, ...]:
+def _linear(own: dict[str, Any]) -> tuple[Any, Any]:
     parameters = own["_parameters"]
     if own["_modules"]:  # an adapter, a parametrisation
         raise AttributeError("not a plain module")
     return _plain(parameters["weight"]), _plain(parameters["bias"])
 
 
-def _norm(own: dict[str, Any]) -> tuple[Tensor | None, ...]:
+def _norm(own: dict[str, Any]) -> tuple[Any, Any]:
     if len(own["normalized_shape"]) != 1 or own.get("_fast_norm"):
         raise AttributeError("not a plain LayerNorm")
     return _linear(own)

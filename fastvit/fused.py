@@ -157,8 +157,8 @@ def _project_read(parts: BlockParts, tokens: Tensor, residual: Tensor) -> Tensor
 
 
 def _run_mlp(parts: BlockParts, x: Tensor, memory: str = "default") -> Tensor:
-    row_scale, options = _row_scale(parts.drop_path2, x), {"act": parts.act, "eps": parts.eps2, "memory": memory}
-    return layernorm_mlp(x, *parts.mlp, layer_scale=parts.gamma2, row_scale=row_scale, **options)
+    options: dict[str, Any] = {"act": parts.act, "eps": parts.eps2, "memory": memory}
+    return layernorm_mlp(x, *parts.mlp, layer_scale=parts.gamma2, row_scale=_row_scale(parts.drop_path2, x), **options)
 
 
 def why_not_fused(block: Any) -> list[str]:
@@ -218,28 +218,29 @@ def class_token_block_forward(block: Any, x: Tensor) -> Tensor:
         or _why_not_norm_linear(block.norm1, "norm1", attn.qkv, "attn.qkv")
     ):
         return block(x)[:, :1]
-    norm, weight, bias = block.norm1, attn.qkv.weight, attn.qkv.bias
-    width = weight.shape[0] // 3
-    q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-    q = layernorm_linear(x[:, :1], norm.weight, norm.bias, weight[:width], q_bias, eps=norm.eps)
-    kv = layernorm_linear(x, norm.weight, norm.bias, weight[width:], kv_bias, eps=norm.eps)
-    q = q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-    k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    tokens = _attend(attn, q, k, v)
+    norm, linear = (block.norm1.weight, block.norm1.bias), (attn.qkv.weight, attn.qkv.bias)
+    tokens = _attend(attn, *_class_token_qkv(x, norm, linear, block.norm1.eps, attn.num_heads))
     return mlp_residual(block, _project_attention(block, tokens, x[:, :1]))
 
 
 def _attend_class_token(parts: BlockParts, x: Tensor) -> Tensor:
     """Attention's result (B, 1, H * D) for token 0, before its projection."""
-    weight, bias = parts.qkv
-    (num_heads, dropout_p, scale), width = parts.heads, weight.shape[0] // 3
+    num_heads, dropout_p, scale = parts.heads
+    q, k, v = _class_token_qkv(x, parts.norm1, parts.qkv, parts.eps1, num_heads)
+    return attention(q, k, v, dropout_p=dropout_p, scale=scale, **parts.head_norms).transpose(1, 2).flatten(2)
+
+
+def _class_token_qkv(
+    x: Tensor, norm: tuple[Any, Any], linear: tuple[Any, Any], eps: float, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, H, 1, D) of token 0, and k and v (B, H, N, D) of all."""
+    weight, bias = linear
+    width = weight.shape[0] // 3
     q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-    q = layernorm_linear(x[:, :1], *parts.norm1, weight[:width], q_bias, eps=parts.eps1)
-    kv = layernorm_linear(x, *parts.norm1, weight[width:], kv_bias, eps=parts.eps1)
-    q = q.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    q = layernorm_linear(x[:, :1], *norm, weight[:width], q_bias, eps=eps)
+    kv = layernorm_linear(x, *norm, weight[width:], kv_bias, eps=eps)
     k, v = kv.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    tokens = attention(q, k, v, dropout_p=dropout_p, scale=scale, **parts.head_norms)
-    return tokens.transpose(1, 2).flatten(2)
+    return q.unflatten(-1, (num_heads, -1)).transpose(1, 2), k, v
 
 
 def attention_residual(block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
