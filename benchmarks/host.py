@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit import ops, use_backend
+from fastvit.dispatch import OPS
 from fastvit.layers import Block
 from fastvit.ops import _contract, _cuda, _sm90
 
@@ -66,6 +67,7 @@ def cuda_path() -> Iterator[None]:
             (_launch, "current_stream", lambda device: 0),
             (_launch.Launch, "run", lambda launch: compiled),
             (_launch, "_kept", {}),
+            *((op, "_settled", {}) for op in OPS.values()),  # a verdict of these stubs does not outlive them
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         stack.enter_context(use_backend(layernorm_linear="cuda", linear_residual="cuda", layernorm_mlp="cuda"))
