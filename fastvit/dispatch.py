@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 
 BACKENDS = ("triton", "cuda", "cpp", "torch", "reference")
 OPS: dict[str, Op] = {}
+
+_MOST_SETTLED = 4096  # of one op, so that ever new shapes do not fill the memory
 
 _choice: dict[str, str] = {}
 _warned: set[tuple[str, str, str]] = set()
@@ -56,19 +59,41 @@ class Op:
     def __init__(self, name: str, *backends: Backend):
         self.name = name
         self.backends = {backend.name: backend for backend in backends}
+        self._settled: dict[tuple, Callable[..., Tensor]] = {}
         OPS[name] = self
 
-    def __call__(self, first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, first: Tensor, *args: Any, key: tuple | None = None, **kwargs: Any) -> Tensor:
+        """Run the backend that ``select`` names. ``settled`` answers with it from now on to an equal ``key``."""
         if _explained is not None:
             _explained[self.name] = self.explain(first, *args, **kwargs)
         backend = self.select(first, *args, **kwargs)
         if _record is not None:
             _record.append((self.name, backend.name))
+        if key is not None:
+            self._settle(key, backend, first.device.type)
         return backend.run(first, *args, **kwargs)
+
+    @property
+    def choice(self) -> str:
+        """The user's choice for this op: a backend's name, or "auto"."""
+        return _choice.get(self.name, _choice.get("*", "auto")) if _choice else "auto"
+
+    def settled(self, key: tuple | None) -> Callable[..., Tensor] | None:
+        """What runs a call whose ``key``, all that checks and choice depend on, was seen before; else None."""
+        return None if key is None or _record is not None or _explained is not None else self._settled.get(key)
+
+    def _settle(self, key: tuple, backend: Backend, device_type: str) -> None:
+        """Keep the choice, but not one that was worth a warning: the next call shall say so again."""
+        before = takewhile(lambda other: other is not backend, self.backends.values())
+        if self.choice == "auto" and any(device_type in other.device_types for other in before):
+            return
+        if len(self._settled) >= _MOST_SETTLED:
+            self._settled.clear()
+        self._settled[key] = backend.run
 
     def select(self, first: Tensor, *args: Any, **kwargs: Any) -> Backend:
         """The backend that will run this call. Raises ``Unsupported`` when the chosen one cannot."""
-        chosen = _choice.get(self.name, _choice.get("*", "auto"))
+        chosen = self.choice
         if chosen != "auto":
             return self._chosen(chosen, first, *args, **kwargs)
         for backend in self.backends.values():

@@ -14,71 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_state
 
+from .block_parts import BlockParts, read_block
+from .kinds import ACTIVATIONS, HEAD_NORMS, is_watched, kind_of
 from .ops import attention, attention_packed, layernorm_linear, layernorm_mlp, linear_residual, patch_embed
 from .reference import HeadNorm, normalize_pixels, unpack_qkv
 from .resample import resample_pos_embed
 
 for _op in ("attention", "attention_packed", "layernorm_linear", "layernorm_mlp", "linear_residual", "patch_embed"):
     torch.fx.wrap(_op)  # symbolic tracing records the op itself, not the checks inside it
-
-_TIMM_VIT = "timm.models.vision_transformer"
-_OURS = "fastvit.layers"
-
-# A module is known by the function that runs it, so a subclass that keeps its parent's forward is known too.
-_HOMES = {
-    "Identity": ("torch.nn.modules.linear",),
-    "Linear": ("torch.nn.modules.linear",),
-    "Conv2d": ("torch.nn.modules.conv",),
-    "LayerNorm": ("torch.nn.modules.normalization", "timm.layers.norm"),
-    "Dropout": ("torch.nn.modules.dropout",),
-    "GELU": ("torch.nn.modules.activation", "timm.layers.activations"),
-    "GELUTanh": ("timm.layers.activations",),
-    "QuickGELU": ("fastvit.norm_act", "timm.layers.activations"),
-    "LayerScale": (_OURS, "timm.layers.layer_scale", _TIMM_VIT),
-    "DropPath": (_OURS, "timm.layers.drop"),
-    "Attention": (_OURS, "timm.layers.attention", _TIMM_VIT),
-    "Mlp": (_OURS, "timm.layers.mlp"),
-    "GluMlp": (_OURS, "timm.layers.mlp"),
-    "SwiGLU": (_OURS, "timm.layers.mlp"),
-    "LayerNormFp32": ("fastvit.norm_act", "timm.layers.norm"),
-    "RmsNorm": ("fastvit.norm_act", "timm.layers.norm"),
-    "PatchEmbed": (_OURS, "timm.layers.patch_embed"),
-    "Block": (_OURS, _TIMM_VIT),
-}
-for _name in ("ELU", "Hardsigmoid", "Hardswish", "LeakyReLU", "Mish", "ReLU", "SELU", "SiLU", "Sigmoid", "Tanh"):
-    _HOMES[_name] = ("torch.nn.modules.activation",)
-_KINDS = {(home, f"{kind}.forward"): kind for kind, homes in _HOMES.items() for home in homes}
-_KIND_OF_TYPE: dict[type, str] = {}
-_HEAD_NORMS = ("LayerNorm", "LayerNormFp32", "RmsNorm")
-_ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
-
-
-def kind_of(module: nn.Module | None) -> str:
-    """What ``module`` computes, as one of the names above; "" when that is unknown. None counts as Identity.
-
-    Of the named kinds only Attention, Block and PatchEmbed mix tokens.
-    """
-    return "Identity" if module is None else _kind_of_type(type(module))
-
-
-def _kind_of_type(module_type: type) -> str:
-    kind = _KIND_OF_TYPE.get(module_type)
-    if kind is None:
-        forward = module_type.forward  # type: ignore[attr-defined]
-        kind = _KIND_OF_TYPE[module_type] = _KINDS.get((forward.__module__, forward.__qualname__), "")
-    return kind
-
-
-# What torch.compiler.assume_constant_result sets; calling that would import the whole compiler along with fastvit.
-_kind_of_type._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether a hook wants to see the calls of ``module``."""
-    own = module.__dict__
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )
 
 
 def why_not_skip(module: Any, name: str, *kinds: str) -> list[str]:
@@ -98,7 +41,7 @@ def why_not_skip(module: Any, name: str, *kinds: str) -> list[str]:
     weight = own["_parameters"].get("weight")
     if weight is not None and type(weight) not in (nn.Parameter, Tensor):
         return [f"{name}.weight is a {type(weight).__name__}, the fused ops take plain tensors"]
-    if kind in _HEAD_NORMS and (len(own["normalized_shape"]) != 1 or own.get("_fast_norm")):
+    if kind in HEAD_NORMS and (len(own["normalized_shape"]) != 1 or own.get("_fast_norm")):
         return [f"{name} normalises over {tuple(module.normalized_shape)} or by timm's fast norm, expected (E,)"]
     return []
 
@@ -128,7 +71,7 @@ def _why_not_attention_module(attn: Any) -> list[str]:
 
 def _why_not_packed(attn: Any) -> list[str]:
     """Reasons why q and k must be normalised by modules, apart from the attention."""
-    return why_not_skip(attn.q_norm, "attn.q_norm", "Identity", *_HEAD_NORMS) or why_not_skip(
+    return why_not_skip(attn.q_norm, "attn.q_norm", "Identity", *HEAD_NORMS) or why_not_skip(
         attn.k_norm, "attn.k_norm", kind_of(attn.q_norm)
     )
 
@@ -162,7 +105,7 @@ def _why_not_mlp(block: Any) -> list[str]:
     return (
         why_not_skip(mlp, "mlp", "Mlp")
         or _why_not_norm_linear(block.norm2, "norm2", mlp.fc1, "mlp.fc1")
-        or why_not_skip(mlp.act, "mlp.act", *_ACTIVATIONS)
+        or why_not_skip(mlp.act, "mlp.act", *ACTIVATIONS)
         or why_not_skip_dropout(mlp.drop1, "mlp.drop1")
         or why_not_skip(getattr(mlp, "norm", None), "mlp.norm", "Identity")
         or _why_not_project(mlp.fc2, mlp.drop2, *_branch(block, 2), _MLP_NAMES)
@@ -180,14 +123,42 @@ def _branch(block: Any, number: int) -> tuple[nn.Module | None, nn.Module | None
 def _why_not_block(block: Any) -> list[str]:
     if kind_of(block) != "Block":
         return [f"block is a {type(block).__qualname__}, expected timm's or fastvit's Block"]
-    if (
+    if _is_everything_watched():
+        return ["hooks are registered for every module, which a fused op would not call"]
+    return ["torch.jit is tracing"] if torch.jit.is_tracing() else []
+
+
+def _is_everything_watched() -> bool:
+    return bool(
         module_state._global_forward_hooks
         or module_state._global_forward_pre_hooks
         or module_state._global_backward_hooks
         or module_state._global_backward_pre_hooks
-    ):
-        return ["hooks are registered for every module, which a fused op would not call"]
-    return ["torch.jit is tracing"] if torch.jit.is_tracing() else []
+    )
+
+
+def _may_read(x: Any) -> bool:
+    """Whether a block may be read in one pass: no tracer follows, which wants to see every access."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    return not _is_everything_watched() and torch._C._get_tracing_state() is None
+
+
+def _attend_read(parts: BlockParts, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention's result before its projection, and ``x`` for the residual connection."""
+    qkv, x = layernorm_linear(x, *parts.norm1, *parts.qkv, eps=parts.eps1, with_input=True)
+    num_heads, dropout_p, scale = parts.heads
+    return attention_packed(qkv, num_heads, dropout_p=dropout_p, scale=scale, **parts.head_norms), x
+
+
+def _project_read(parts: BlockParts, tokens: Tensor, residual: Tensor) -> Tensor:
+    row_scale = _row_scale(parts.drop_path1, residual)
+    return linear_residual(tokens, *parts.proj, residual, layer_scale=parts.gamma1, row_scale=row_scale)
+
+
+def _run_mlp(parts: BlockParts, x: Tensor, memory: str = "default") -> Tensor:
+    options: dict[str, Any] = {"act": parts.act, "eps": parts.eps2, "memory": memory}
+    return layernorm_mlp(x, *parts.mlp, layer_scale=parts.gamma2, row_scale=_row_scale(parts.drop_path2, x), **options)
 
 
 def why_not_fused(block: Any) -> list[str]:
@@ -218,6 +189,9 @@ def block_forward(
     memory     "default" | "lean", as layernorm_mlp has it
     returns    (B, N, E)  dtype of x
     """
+    parts = read_block(block) if attn_mask is None and not is_causal and _may_read(x) else None
+    if parts is not None:
+        return _run_mlp(parts, _project_read(parts, *_attend_read(parts, x)), memory)
     if _why_not_block(block):
         x = _add_branch(block, 1, x, _call_attention(block.attn, block.norm1(x), attn_mask, is_causal))
         return _add_branch(block, 2, x, block.mlp(block.norm2(x)))
@@ -233,6 +207,9 @@ def class_token_block_forward(block: Any, x: Tensor) -> Tensor:
     x        (B, N, E)
     returns  (B, 1, E)
     """
+    parts = read_block(block) if _may_read(x) and not is_watched(block) else None
+    if parts is not None:
+        return _run_mlp(parts, _project_read(parts, _attend_class_token(parts, x), x[:, :1]))
     attn = block.attn
     if (
         any(is_watched(module) or not kind_of(module) for module in block.modules())
@@ -241,15 +218,29 @@ def class_token_block_forward(block: Any, x: Tensor) -> Tensor:
         or _why_not_norm_linear(block.norm1, "norm1", attn.qkv, "attn.qkv")
     ):
         return block(x)[:, :1]
-    norm, weight, bias = block.norm1, attn.qkv.weight, attn.qkv.bias
+    norm, linear = (block.norm1.weight, block.norm1.bias), (attn.qkv.weight, attn.qkv.bias)
+    tokens = _attend(attn, *_class_token_qkv(x, norm, linear, block.norm1.eps, attn.num_heads))
+    return mlp_residual(block, _project_attention(block, tokens, x[:, :1]))
+
+
+def _attend_class_token(parts: BlockParts, x: Tensor) -> Tensor:
+    """Attention's result (B, 1, H * D) for token 0, before its projection."""
+    num_heads, dropout_p, scale = parts.heads
+    q, k, v = _class_token_qkv(x, parts.norm1, parts.qkv, parts.eps1, num_heads)
+    return attention(q, k, v, dropout_p=dropout_p, scale=scale, **parts.head_norms).transpose(1, 2).flatten(2)
+
+
+def _class_token_qkv(
+    x: Tensor, norm: tuple[Any, Any], linear: tuple[Any, Any], eps: float, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, H, 1, D) of token 0, and k and v (B, H, N, D) of all."""
+    weight, bias = linear
     width = weight.shape[0] // 3
     q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-    q = layernorm_linear(x[:, :1], norm.weight, norm.bias, weight[:width], q_bias, eps=norm.eps)
-    kv = layernorm_linear(x, norm.weight, norm.bias, weight[width:], kv_bias, eps=norm.eps)
-    q = q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-    k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    tokens = _attend(attn, q, k, v)
-    return mlp_residual(block, _project_attention(block, tokens, x[:, :1]))
+    q = layernorm_linear(x[:, :1], *norm, weight[:width], q_bias, eps=eps)
+    kv = layernorm_linear(x, *norm, weight[width:], kv_bias, eps=eps)
+    k, v = kv.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q.unflatten(-1, (num_heads, -1)).transpose(1, 2), k, v
 
 
 def attention_residual(block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -369,18 +360,25 @@ def branch_scales(scale: Any, drop_path: Any, x: Tensor) -> tuple[Tensor | None,
     gamma = scale.gamma if kind_of(scale) == "LayerScale" else None
     if kind_of(drop_path) != "DropPath" or not drop_path.drop_prob or not drop_path.training:
         return gamma, None
+    return gamma, _row_scale(drop_path, x)
+
+
+def _row_scale(drop_path: Any, x: Tensor) -> Tensor | None:
+    """Of a DropPath that is at work."""
+    if drop_path is None:
+        return None
     keep_prob = 1.0 - drop_path.drop_prob
     row_scale = x.new_empty(x.shape[0]).bernoulli_(keep_prob)
     if keep_prob > 0.0 and drop_path.scale_by_keep:
         row_scale.div_(keep_prob)
-    return gamma, row_scale
+    return row_scale
 
 
 def activation_name(act: nn.Module) -> str:
     """The op's name for an activation module that ``why_not_skip`` let through."""
     if getattr(act, "approximate", "none") == "tanh":
         return "gelu_tanh"
-    return _ACTIVATIONS[kind_of(act)]
+    return ACTIVATIONS[kind_of(act)]
 
 
 def why_not_fused_embed(vit: Any) -> list[str]:

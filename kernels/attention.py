@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configs import AotCase, AttentionSettings, Limits, attention_settings
-from ._launch import Launch, limits, unit_strides
+from ._launch import Launch, facts, limits, run, unit_strides
 from ._math import cast
 from ._tiles import before, inner, load, load_tiles, outer, outer_t, row_sum, scaled, store, zeros, zeros_t
 
@@ -47,8 +47,37 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     out = q.new_empty(batch, nq, heads, dim).transpose(1, 2)
     lse = new_statistics(q)
     if q.numel():
-        _fwd_launch(q, k, v, out, lse, scale, limits(q.device)).run()
+        tensors = (q, k, v, out, lse)
+        pointers = dict(zip(("q", "k", "v", "out", "lse"), (t.data_ptr() for t in tensors), strict=True))
+        key = ("attention_fwd", scale, facts(tensors))
+        run(key, q.device, pointers, lambda: [_fwd_launch(*tensors, scale, limits(q.device))])
     return out, lse
+
+
+def attention_packed_fwd(qkv: Tensor, num_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """``attention_fwd`` of the views of a packed (B, N, 3 * H * D) projection; out is (B, N, H * D)."""
+    batch, tokens, packed = qkv.shape
+    width, dim = packed // 3, packed // (3 * num_heads)
+    out = qkv.new_empty(batch, tokens, width)
+    halves = qkv.dtype.itemsize == 2
+    lse = qkv.new_empty((batch, num_heads, tokens) if halves else (2, batch, num_heads, tokens), dtype=torch.float32)
+    address, step = qkv.data_ptr(), width * qkv.dtype.itemsize
+
+    def build() -> list[Launch]:
+        q, k, v = qkv.unflatten(-1, (3, num_heads, dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        _check(q, scale)
+        heads = out.view(batch, tokens, num_heads, dim).transpose(1, 2)
+        return [_fwd_launch(q, k, v, heads, lse, scale, limits(q.device))]
+
+    key = ("attention_packed_fwd", num_heads, scale, facts((qkv, out, lse)))
+    pointers = {"q": address, "k": address + step, "v": address + 2 * step}
+    run(key, qkv.device, pointers | {"out": out.data_ptr(), "lse": lse.data_ptr()}, build)
+    return out, lse
+
+
+def reads_packed(qkv: Tensor) -> bool:
+    """Whether ``attention_packed_fwd`` reads it in place."""
+    return qkv.stride(2) == 1 and qkv.shape[1] * qkv.stride(1) < 2**31 and qkv.numel() > 0
 
 
 def new_statistics(q: Tensor) -> Tensor:
@@ -79,8 +108,12 @@ def attention_bwd(
             raise ValueError(f"attention: {name} has stride {grad.stride(-1)} in its last dimension, expected 1")
     dout, q, k, v, out = (_rows(t) for t in (dout, q, k, v, out))
     if q.numel():
-        for launch in _bwd_launches(dout, q, k, v, out, lse, scale, dq, dk, dv, limits(q.device)):
-            launch.run()
+        delta = lse.new_empty(q.shape[:3])
+        names = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv", "delta")
+        tensors = (dout, q, k, v, out, lse, dq, dk, dv, delta)
+        pointers = dict(zip(names, (t.data_ptr() for t in tensors), strict=True))
+        arguments = (dout, q, k, v, out, lse, scale, dq, dk, dv, limits(q.device), delta)
+        run(("attention_bwd", scale, facts(tensors)), q.device, pointers, lambda: _bwd_launches(*arguments))
 
 
 def aot_cases(arch: int = 90) -> list[AotCase]:
@@ -159,7 +192,7 @@ def _fwd_launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale
 
 def _bwd_launches(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, dq: Tensor, dk: Tensor,
-    dv: Tensor, device: Limits,
+    dv: Tensor, device: Limits, delta: Tensor | None = None,
 ) -> list[Launch]:  # fmt: skip
     batch, heads, nq, dim = q.shape
     nk = k.shape[2]
@@ -169,7 +202,7 @@ def _bwd_launches(
         rows = (q, k, v, out, dout, dq, dk, dv)
         return [_launch(_attention_short_bwd_kernel, settings, batch * heads, rows, (lse,), scalars)]
     # dQ goes first: it meets every row of dout and out, and leaves delta = sum(dout * out) for dK and dV
-    delta = lse.new_empty(q.shape[:3])
+    delta = lse.new_empty(q.shape[:3]) if delta is None else delta
     dq_settings = attention_settings("bwd_dq", q.dtype, dim, nk, device.arch)
     dq_programs = triton.cdiv(nq, dq_settings.block_m) * batch * heads
     dkv_programs = triton.cdiv(nk, settings.block_n) * batch * heads

@@ -68,6 +68,16 @@ def linear_act_grad(dy, weight, h, act, want_a, sums, tile):
     return dh.to(h.dtype), a, h.new_empty(0) if sums is None else dh.sum(0).to(sums)
 
 
+def layernorm_linear_act(x, norm_weight, norm_bias, weight, bias, eps, act, save, tile):
+    y, mean, rstd = layernorm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)
+    return *linear_act(y, weight, bias, None, None, None, act, save, tile), mean, rstd
+
+
+def layernorm_mlp_residual(x, nw, nb, w1, b1, w2, b2, layer_scale, row_scale, eps, act, save, tile1, tile2):
+    a, h, mean, rstd = layernorm_linear_act(x, nw, nb, w1, b1, eps, act, save, tile1)
+    return linear_residual(a, w2, b2, x, layer_scale, row_scale, tile2), h, mean, rstd
+
+
 def layernorm_bwd(dy, x, mean, rstd, weight, bias, dresidual, want_params, want_y):
     dyf, xf = wide(dy, x)
     xhat = (xf - mean[:, None]) * rstd[:, None]
@@ -141,3 +151,4 @@ PASSES = (
     layer_scale_bwd,
 )
 PRODUCTS = (linear_act, linear_residual, linear_act_grad)
+JOINED = (layernorm_linear_act, layernorm_mlp_residual)

@@ -8,16 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_passes import PASSES, PRODUCTS, gate, wide
+from cuda_passes import JOINED, PASSES, PRODUCTS, gate, wide
 
 from fastvit import reference, testing
 from fastvit.ops import _cuda, _sm90, _tiles
 
 
-@pytest.fixture(autouse=True, params=["cublas", "hopper"])
+@pytest.fixture(autouse=True, params=["cublas", "hopper", "joined"])
 def passes(request, monkeypatch):
-    """The passes in PyTorch, alone and beside Hopper's products."""
-    functions = PASSES if request.param == "cublas" else PASSES + PRODUCTS
+    """The passes in PyTorch, alone, beside Hopper's products, and beside those that are joined with LayerNorm."""
+    functions = {"cublas": PASSES, "hopper": PASSES + PRODUCTS, "joined": PASSES + PRODUCTS + JOINED}[request.param]
     monkeypatch.setattr(_cuda, "ops", SimpleNamespace(**{fn.__name__: fn for fn in functions}))
     monkeypatch.setattr(_sm90, "device_facts", lambda index: ((9, 0), 132))
     # PyTorch takes out_dtype on a GPU only
@@ -278,12 +278,14 @@ def test_folded_layernorm(op, dtype, monkeypatch):
 def test_products_take_what_they_can(passes, monkeypatch):
     """Each product goes to Hopper's kernels where its operands fit, and the others to cuBLAS."""
     called = []
-    for fn in PRODUCTS:
+    for fn in PRODUCTS + JOINED:
         if hasattr(_cuda.ops, fn.__name__):
             monkeypatch.setattr(_cuda.ops, fn.__name__, lambda *given, fn=fn: called.append(fn.__name__) or fn(*given))
     prove("layernorm_mlp", build("layernorm_mlp", "all", torch.bfloat16))
-    is_hopper = hasattr(_cuda.ops, "linear_act")
-    assert set(called) == ({fn.__name__ for fn in PRODUCTS} if is_hopper else set())
+    expected = {fn.__name__ for fn in PRODUCTS} if hasattr(_cuda.ops, "linear_act") else set()
+    if hasattr(_cuda.ops, "layernorm_mlp_residual"):
+        expected = {"layernorm_mlp_residual", "linear_act_grad"}
+    assert set(called) == expected
     called.clear()
     prove("layernorm_mlp", build("layernorm_mlp", "all", torch.float32))
     assert called == []

@@ -71,6 +71,27 @@ def test_linear_residual(device, dtype, tile, stream):
         prove(device, "linear_residual", x, weight, None, residual, None, None, tile, stock=autocast_linear_residual)
 
 
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("stream", ["same", "float32"])
+def test_joined_calls_are_their_parts(device, stream, save):
+    """LayerNorm with the products behind it in one call: the same bits as one by one."""
+    ops, rows, width, hidden = device.ops, 65, 48, 264
+    x = device.draw(rows, width, dtype=BF16 if stream == "same" else F32)
+    norm = device.draw(width, dtype=BF16), device.draw(width, dtype=BF16)
+    w1, b1 = device.draw(hidden, width, dtype=BF16, scale=0.1), device.draw(hidden, dtype=BF16)
+    w2, b2 = device.draw(width, hidden, dtype=BF16, scale=0.1), device.draw(width, dtype=BF16)
+    scales = device.draw(width, dtype=BF16), device.draw(rows)
+    y, mean, rstd = ops.layernorm_fwd(x, *norm, 1e-6, BF16)
+    a, h = ops.linear_act(y, w1, b1, None, None, None, "gelu", save, "small")
+    out = ops.linear_residual(a, w2, b2, x, *scales, "ping_pong")
+    joined = ops.layernorm_linear_act(x, *norm, w1, b1, 1e-6, "gelu", save, "small")
+    for part, whole in zip((a, h, mean, rstd), joined, strict=True):
+        assert torch.equal(part, whole)
+    joined = ops.layernorm_mlp_residual(x, *norm, w1, b1, w2, b2, *scales, 1e-6, "gelu", save, "small", "ping_pong")
+    for part, whole in zip((out, h, mean, rstd), joined, strict=True):
+        assert torch.equal(part, whole)
+
+
 def autocast_linear_residual(x, weight, bias, residual, layer_scale, row_scale, tile):
     """As under autocast: the product is rounded to x's dtype before it is scaled and added."""
     branch = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))

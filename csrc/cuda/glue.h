@@ -1,6 +1,8 @@
 // What the ops' glue shares: fresh tensors, the activation's name, the second stage of column sums.
 #pragma once
 
+#include <tuple>
+
 #include "cuda/checks.h"
 
 namespace fastvit {
@@ -34,5 +36,9 @@ inline Tensor finish_sums(const char* op, const Tensor& partials, const Pass& pa
   check_launch(op, launch_sum_partials(p, device.stream()));
   return sums;
 }
+
+// (y, mean, rstd), y in dtype; layernorm_mlp.cpp
+std::tuple<Tensor, Tensor, Tensor> layernorm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps,
+                                                 ScalarType dtype);
 
 }  // namespace fastvit

@@ -9,16 +9,6 @@
 #include "cuda/glue.h"
 
 namespace fastvit {
-namespace {
-
-int64_t samples(const Checks& checks, const MaybeTensor& row_scale, int64_t rows) {
-  if (!row_scale) return rows;
-  const int64_t count = row_scale->dim() == 1 ? row_scale->size(0) : -1;
-  checks.expect(count > 0 ? rows % count == 0 : count == 0 && rows == 0,
-                "row_scale has shape " + text(row_scale->sizes()) + ", expected one factor a sample of " +
-                    std::to_string(rows) + " rows");
-  return count;
-}
 
 std::tuple<Tensor, Tensor, Tensor> layernorm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps,
                                                  ScalarType dtype) {
@@ -45,6 +35,17 @@ std::tuple<Tensor, Tensor, Tensor> layernorm_fwd(Tensor x, MaybeTensor weight, M
   p.eps = float(eps);
   check_launch("layernorm_fwd", launch_layernorm_fwd(p, device.stream()));
   return {y, mean, rstd};
+}
+
+namespace {
+
+int64_t samples(const Checks& checks, const MaybeTensor& row_scale, int64_t rows) {
+  if (!row_scale) return rows;
+  const int64_t count = row_scale->dim() == 1 ? row_scale->size(0) : -1;
+  checks.expect(count > 0 ? rows % count == 0 : count == 0 && rows == 0,
+                "row_scale has shape " + text(row_scale->sizes()) + ", expected one factor a sample of " +
+                    std::to_string(rows) + " rows");
+  return count;
 }
 
 std::tuple<Tensor, Tensor> row_stats(Tensor x, double eps) {

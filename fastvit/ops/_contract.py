@@ -3,17 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _extension, packs
-from ..dispatch import Backend
+from ..dispatch import Backend, Op
+from ..reference import HeadNorm, Rope
 
 # asked once: torch.compile of PyTorch 2.11 cannot trace the question
 AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def call(op: Op, check: Callable[..., None], cast_at: tuple[int, ...], *args: Any) -> Any:
+    """Check ``args``, cast those at ``cast_at`` as autocast wants, run the op.
+
+    What was checked once is not checked again: a call is known by what all checks, casts and choices depend on.
+    """
+    key = None if torch.compiler.is_compiling() else _key(op, args)
+    run = op.settled(key)
+    if run is None:
+        check(*args)
+    dtype = autocast_dtype(args[0]) if key is None else key[1]
+    if dtype is not None:
+        args = tuple(
+            arg.to(dtype) if at in cast_at and arg is not None else arg  # type: ignore[union-attr]
+            for at, arg in enumerate(args)
+        )
+    return op(*args, key=key) if run is None else run(*args)
+
+
+def _key(op: Op, args: tuple) -> tuple | None:
+    """What checks, casts and the choice of a backend depend on; None where it cannot be told."""
+    dtype = autocast_dtype(args[0]) if torch._C._is_any_autocast_enabled() else None
+    facts: list[Any] = [op.choice, dtype]
+    return tuple(facts) if _add_facts(facts, args) else None
+
+
+def _add_facts(facts: list[Any], args: tuple) -> bool:
+    for arg in args:
+        kind = type(arg)
+        if kind is torch.nn.Parameter or kind is Tensor:
+            facts += (arg.shape, arg.dtype, arg.device, arg.requires_grad)
+        elif kind in _NUMBERS:
+            facts.append(arg)
+        elif kind is HeadNorm or kind is Rope:
+            facts.append(kind)
+            if not _add_facts(facts, arg):
+                return False
+        else:
+            return False
+    return True
+
+
+_NUMBERS = frozenset((type(None), bool, int, float, str))
 
 
 def check_shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, ...], like: str) -> None:
@@ -98,6 +145,7 @@ def why_not_triton(name: str, x: Tensor) -> list[str]:
     return reasons + why_not_dtype(name, x)
 
 
+@cache
 def compiled(backend: str) -> ModuleType:
     """What holds the LayerNorm and MLP kernels of ``backend``: both offer the same functions."""
     if backend == "cuda":

@@ -104,6 +104,14 @@ def layernorm_mlp_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``out (..., E)`` in x's dtype; ``mean, rstd (M,)``; ``h (M, F)``, fc1's result, empty without ``save``."""
     rows = _rows(x)
+    if residual and _joins_mlp(rows, fc1_weight, fc2_weight):
+        params = _norm(norm_weight, norm_bias, fc1_weight)
+        count = rows.shape[0]
+        tiles = _sm90.tile("linear_act", fc1_weight, count), _sm90.tile("linear_residual", fc2_weight, count)
+        factors = _readable(layer_scale, fc2_weight), _row_factors(row_scale, count)
+        biased = fc1_weight, _dense(fc1_bias), fc2_weight, _dense(fc2_bias)
+        out, h, mean, rstd = ops.layernorm_mlp_residual(rows, *params, *biased, *factors, eps, act, save, *tiles)
+        return out.view(x.shape), mean, rstd, h
     a, h, mean, rstd = _norm_linear_act(rows, norm_weight, norm_bias, fc1_weight, fc1_bias, eps, act, save)
     to = rows if residual else None
     out = _linear_residual(a, fc2_weight, fc2_bias, to, layer_scale, row_scale, x.dtype)
@@ -159,18 +167,33 @@ def _norm_linear_act(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``act(h), h, mean, rstd`` with ``h = linear(layer_norm(x))``, (M, F), empty without ``save``."""
     params = _norm(norm_weight, norm_bias, weight)
-    if _sm90.folds(x, weight) and not _sm90.why_not(ops, weight.shape[0], x=x, weight=weight):
+    if _sm90.folds(x, weight) and _sm90.takes(ops, weight.shape[0], x=x, weight=weight):
         mean, rstd = ops.row_stats(x, eps)
         folded, sums, shift = ops.fold_norm(weight, *params, _dense(bias))
-        tile = _sm90.tile("linear_act", x, weight.shape[0])
+        tile = _sm90.tile("linear_act", weight, x.shape[0])
         return *ops.linear_act(x, folded, shift, mean, rstd, sums, act, save, tile), mean, rstd
+    if _joins(weight):
+        tile = _sm90.tile("linear_act", weight, x.shape[0])
+        return ops.layernorm_linear_act(x, *params, weight, _dense(bias), eps, act, save, tile)
     y, mean, rstd = ops.layernorm_fwd(x, *params, eps, weight.dtype)
     return *_linear_act(y, weight, bias, act, save), mean, rstd
 
 
+def _joins(weight: Tensor) -> bool:
+    """Whether LayerNorm and Hopper's product behind it are one call. What LayerNorm writes suits any product."""
+    return hasattr(ops, "layernorm_linear_act") and _sm90.takes(ops, weight.shape[0], weight=weight)
+
+
+def _joins_mlp(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) -> bool:
+    """Whether all of ``x + fc2(act(fc1(layer_norm(x))))`` is one call."""
+    if not _joins(fc1_weight) or _sm90.folds(x, fc1_weight):
+        return False
+    return fc2_weight.dtype == fc1_weight.dtype and _sm90.takes(ops, fc2_weight.shape[0], x, weight=fc2_weight)
+
+
 def _linear_act(y: Tensor, weight: Tensor, bias: Tensor | None, act: str, save: bool) -> tuple[Tensor, Tensor]:
-    if not _sm90.why_not(ops, weight.shape[0], y=y, weight=weight):
-        tile = _sm90.tile("linear_act", y, weight.shape[0])
+    if _sm90.takes(ops, weight.shape[0], y=y, weight=weight):
+        tile = _sm90.tile("linear_act", weight, y.shape[0])
         return ops.linear_act(y, weight, _dense(bias), None, None, None, act, save, tile)
     h = F.linear(y, weight, bias)
     if act == "none":
@@ -184,8 +207,8 @@ def _act_grad(
     dbranch: Tensor, weight: Tensor, h: Tensor, act: str, wants_a: bool, sums_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``dh = (dbranch @ weight) * act'(h)``, ``act(h)`` once more, and the column sums of ``dh``."""
-    if not _sm90.why_not(ops, weight.shape[1], dbranch=dbranch, weight=weight, h=h):
-        tile = _sm90.tile("linear_act_grad", dbranch, weight.shape[1])
+    if _sm90.takes(ops, weight.shape[1], dbranch=dbranch, weight=weight, h=h):
+        tile = _sm90.tile("linear_act_grad", weight.t(), dbranch.shape[0])
         dh, a, sums = ops.linear_act_grad(dbranch, weight, h, act, wants_a, sums_dtype, tile)
         return dh, a if wants_a else None, sums
     dh = dbranch @ weight
@@ -202,6 +225,8 @@ def _rows(x: Tensor) -> Tensor:
 def _norm(norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """LayerNorm's parameters in one dtype the passes read: the weight's, or float32."""
     norm_weight, norm_bias = _dense(norm_weight), _dense(norm_bias)
+    if norm_weight is not None and norm_bias is not None and norm_weight.dtype == norm_bias.dtype == weight.dtype:
+        return norm_weight, norm_bias
     dtypes = {t.dtype for t in (norm_weight, norm_bias) if t is not None}
     if dtypes <= {weight.dtype} or dtypes <= {torch.float32}:
         return norm_weight, norm_bias
@@ -235,11 +260,13 @@ def _linear_residual(
     dtype: torch.dtype,
 ) -> Tensor:
     """``residual + row_scale * layer_scale * linear(x)``, (M, O) in ``dtype``."""
-    x = x.to(weight.dtype)
+    x = x if x.dtype == weight.dtype else x.to(weight.dtype)
     cols = weight.shape[0]
-    if residual is not None and not _sm90.why_not(ops, cols, residual, x=x, weight=weight):
+    if residual is not None and _sm90.takes(ops, cols, residual, x=x, weight=weight):
         factors = _readable(layer_scale, weight), _row_factors(row_scale, x.shape[0])
-        return ops.linear_residual(x, weight, _dense(bias), residual, *factors, _sm90.tile("linear_residual", x, cols))
+        return ops.linear_residual(
+            x, weight, _dense(bias), residual, *factors, _sm90.tile("linear_residual", weight, x.shape[0])
+        )
     plain = layer_scale is None and row_scale is None
     if plain and residual is None:
         return _linear_act(x, weight, bias, "none", False)[0].to(dtype)

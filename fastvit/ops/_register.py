@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("fastvit", "FRAGMENT")
 
@@ -22,29 +23,52 @@ def define(name: str, schema: str, impl: Callable, fake: Callable) -> Callable:
     op = getattr(torch.ops.fastvit, name).default
 
     def call(*args: Any) -> Any:
-        return op(*args) if torch.compiler.is_compiling() or _is_watched(args) else impl(*args)
+        if torch.compiler.is_compiling() or _is_watched(args):
+            return op(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return _FUNCTIONS[name].apply(*args) if name in _FUNCTIONS else op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return impl(*args)
 
+    _IMPLS[name] = impl
     return call
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list))
+_IMPLS: dict[str, Callable] = {}
+_FUNCTIONS: dict[str, Any] = {}
 
 
 def _is_watched(args: tuple) -> bool:
-    """Whether autograd, a tracer, a transform, a mode or a tensor's own class may want to see the op."""
+    """Whether a tracer, a transform, a mode or a tensor's own class may want to see the op."""
     return (
-        torch.is_grad_enabled()
+        not _PLAIN.issuperset(map(type, args))
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or any(isinstance(value, Tensor) and type(value) not in _PLAIN for value in args)
+        or forward_ad._current_level >= 0
     )
 
 
 def register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
     """Give ``fastvit::<name>`` its gradient formula."""
     torch.library.register_autograd(f"fastvit::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    _FUNCTIONS[name] = _function(name, setup_context, backward)
+
+
+def _function(name: str, setup_context: Callable, backward: Callable) -> Any:
+    """What ``torch.library`` makes of the same formula, without its way there."""
+    impl = _IMPLS[name]
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = impl(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"fastvit_{name}", (torch.autograd.Function,), members)
 
 
 def register_double_backward(name: str, meaning: Callable, inputs: Sequence[str], arguments: Sequence[str]) -> None:

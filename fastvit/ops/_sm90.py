@@ -71,12 +71,32 @@ def _why_not_read(name: str, matrix: Tensor) -> list[str]:
     return []
 
 
-def tile(op: str, x: Tensor, cols: int) -> str:
-    """Name of the tile for ``x`` (rows, depth) times a weight with ``cols`` outputs."""
-    multiprocessors = device_facts(x.device.index or 0)[1]
-    return _tiles.choose(op, NAMES[x.dtype], x.shape[0], cols, x.shape[1], multiprocessors)
+_MOST_KNOWN = 4096
+_known: dict[tuple, list[str]] = {}
+
+
+def takes(ops: Any, cols: int, residual: Tensor | None = None, **matrices: Tensor) -> bool:
+    """Whether ``why_not`` has no reason; it is asked once for all matrices of one layout."""
+    tensors = tuple(matrices.values()) if residual is None else (*matrices.values(), residual)
+    layouts = [(t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors]
+    index = tensors[0].device.index or 0
+    key = (hasattr(ops, "linear_act"), device_facts(index), index, cols, residual is None, *layouts)
+    reasons = _known.get(key)
+    if reasons is None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        reasons = _known[key] = why_not(ops, cols, residual, **matrices)
+    return not reasons
+
+
+def tile(op: str, weight: Tensor, rows: int) -> str:
+    """Name of the tile for ``rows`` rows times a weight (outputs, depth)."""
+    multiprocessors = device_facts(weight.device.index or 0)[1]
+    return _tiles.choose(op, NAMES[weight.dtype], rows, *weight.shape, multiprocessors)
 
 
 def folds(x: Tensor, weight: Tensor) -> bool:
     """Whether LayerNorm is folded into ``weight``, which ``x`` itself is multiplied with then."""
-    return x.dtype == weight.dtype and _tiles.is_folded(NAMES.get(weight.dtype, ""), *weight.shape)
+    return (
+        bool(_tiles.FOLDED) and x.dtype == weight.dtype and _tiles.is_folded(NAMES.get(weight.dtype, ""), *weight.shape)
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -48,11 +50,9 @@ def attention(
     Raises ValueError for a wrong shape, dtype or device, Unsupported where a forced backend cannot run.
     Meaning: fastvit.reference.attention.
     """
-    _check(q, k, v, attn_mask, dropout_p)
-    _heads.check(NAME, q, (q.shape[2], k.shape[2]), q_norm, k_norm, rope)
-    q, k, v = _contract.cast(_contract.autocast_dtype(q), q, k, v)  # type: ignore[assignment]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return ATTENTION(q, k, v, attn_mask, is_causal, dropout_p, scale, q_norm, k_norm, rope)
+    scale = q.shape[-1] ** -0.5 if scale is None and q.dim() else scale
+    options = (attn_mask, is_causal, dropout_p, scale, q_norm, k_norm, rope)
+    return _contract.call(ATTENTION, _check, (0, 1, 2), q, k, v, *options)
 
 
 def attention_packed(
@@ -72,17 +72,12 @@ def attention_packed(
 
     Otherwise as ``attention``. Meaning: fastvit.reference.attention_packed.
     """
-    _check_packed(qkv, num_heads, dropout_p)
-    if q_norm is not None or k_norm is not None or rope is not None:
-        q, k, _ = reference.unpack_qkv(qkv, num_heads)
-        _heads.check(PACKED, q, (q.shape[2], k.shape[2]), q_norm, k_norm, rope)
-    (qkv,) = _contract.cast(_contract.autocast_dtype(qkv), qkv)  # type: ignore[assignment]
-    head_dim = qkv.shape[-1] // (3 * num_heads)
-    scale = head_dim**-0.5 if scale is None else scale
-    return ATTENTION_PACKED(qkv, num_heads, dropout_p, scale, q_norm, k_norm, rope)
+    if scale is None and qkv.dim() and num_heads >= 1 and qkv.shape[-1]:
+        scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
+    return _contract.call(ATTENTION_PACKED, _check_packed, (0,), qkv, num_heads, dropout_p, scale, q_norm, k_norm, rope)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p: float) -> None:
+def _check(q, k, v, attn_mask, is_causal, dropout_p, scale, q_norm, k_norm, rope) -> None:
     if q.dim() != 4:
         raise ValueError(f"{NAME}: q has shape {tuple(q.shape)}, expected (B, H, N, D)")
     _contract.check_together(NAME, "q", q, k=k, v=v)
@@ -96,6 +91,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout_p:
     _check_tokens_and_dropout(NAME, k.shape[2], "k", k, dropout_p)
     if attn_mask is not None:
         _check_mask(attn_mask, q, k)
+    _heads.check(NAME, q, (q.shape[2], k.shape[2]), q_norm, k_norm, rope)
 
 
 def _check_mask(attn_mask: Tensor, q: Tensor, k: Tensor) -> None:
@@ -118,7 +114,7 @@ def _check_tokens_and_dropout(op: str, tokens: int, name: str, tensor: Tensor, d
         raise ValueError(f"{op}: dropout_p is {dropout_p}, expected a probability in [0, 1)")
 
 
-def _check_packed(qkv: Tensor, num_heads: int, dropout_p: float) -> None:
+def _check_packed(qkv, num_heads, dropout_p, scale, q_norm, k_norm, rope) -> None:
     if qkv.dim() != 3:
         raise ValueError(f"{PACKED}: qkv has shape {tuple(qkv.shape)}, expected (B, N, 3 * H * D)")
     if num_heads < 1 or qkv.shape[2] == 0 or qkv.shape[2] % (3 * num_heads):
@@ -127,6 +123,9 @@ def _check_packed(qkv: Tensor, num_heads: int, dropout_p: float) -> None:
         )
     _contract.check_together(PACKED, "qkv", qkv)
     _check_tokens_and_dropout(PACKED, qkv.shape[1], "qkv", qkv, dropout_p)
+    if q_norm is not None or k_norm is not None or rope is not None:
+        q, k, _ = reference.unpack_qkv(qkv, num_heads)
+        _heads.check(PACKED, q, (q.shape[2], k.shape[2]), q_norm, k_norm, rope)
 
 
 def _launch_fwd(backend, q, k, v, attn_mask, is_causal, scale):
@@ -145,11 +144,18 @@ def _launch_bwd(backend, dout, q, k, v, attn_mask, is_causal, out, lse, scale, d
 
 def _kernels(q: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Triton's forward and backward for this number of queries."""
+    many, few = _triton()
+    if q.shape[2] <= few.MOST_QUERIES:
+        return few.attention_few_fwd, few.attention_few_bwd
+    return many.attention_fwd, many.attention_bwd
+
+
+@cache
+def _triton() -> tuple[ModuleType, ModuleType]:
+    """The kernels for many queries, and for few."""
     from ..kernels import attention, attention_few  # type: ignore[attr-defined]
 
-    if q.shape[2] <= attention_few.MOST_QUERIES:
-        return attention_few.attention_few_fwd, attention_few.attention_few_bwd
-    return attention.attention_fwd, attention.attention_bwd
+    return attention, attention_few
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
@@ -199,6 +205,10 @@ def _as_heads(tokens: Tensor, num_heads: int) -> Tensor:
 
 
 def _packed_fwd(qkv, num_heads, scale, backend):
+    if backend == "triton":
+        many, few = _triton()
+        if qkv.shape[1] > few.MOST_QUERIES and many.reads_packed(qkv):
+            return many.attention_packed_fwd(qkv, num_heads, scale)
     q, k, v = reference.unpack_qkv(_rows_contiguous(qkv), num_heads)
     out, lse = _fwd(q, k, v, None, False, scale, backend)
     return out.transpose(1, 2).flatten(2), lse

@@ -37,9 +37,7 @@ def layernorm_linear(
     Raises ValueError for a wrong shape, dtype or device, Unsupported where a forced backend cannot run.
     Meaning: fastvit.reference.layernorm_linear.
     """
-    _check(x, norm_weight, norm_bias, weight, bias)
-    weight, bias = _contract.cast(_contract.autocast_dtype(x), weight, bias)  # type: ignore[assignment]
-    return OP(x, norm_weight, norm_bias, weight, bias, eps, with_input)
+    return _contract.call(OP, _check, (3, 4), x, norm_weight, norm_bias, weight, bias, eps, with_input)
 
 
 def check_norm(op: str, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> None:
@@ -63,7 +61,7 @@ def check_weight(op: str, name: str, weight: Tensor, bias: Tensor | None, x: Ten
         _contract.check_dtype(op, f"{name}bias", bias, (weight.dtype,), f"like {name}weight")
 
 
-def _check(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, bias: Tensor | None):
+def _check(x, norm_weight, norm_bias, weight, bias, eps, with_input) -> None:
     check_norm(NAME, x, norm_weight, norm_bias)
     _contract.check_together(NAME, "x", x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
     check_weight(NAME, "", weight, bias, x, x.shape[-1])

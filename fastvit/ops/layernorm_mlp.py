@@ -52,15 +52,14 @@ def layernorm_mlp(
     Raises ValueError for a wrong shape, dtype or device, Unsupported where a forced backend cannot run.
     Meaning: fastvit.reference.layernorm_mlp.
     """
-    _check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, layer_scale, row_scale)
-    if memory not in MEMORY:
-        raise ValueError(f"{NAME}: memory is {memory!r}, expected one of {', '.join(map(repr, MEMORY))}")
-    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    weights = _contract.cast(_contract.autocast_dtype(x), *weights)  # type: ignore[assignment]
-    return OP(x, norm_weight, norm_bias, *weights, layer_scale, row_scale, act, eps, residual, memory)
+    tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, row_scale)
+    return _contract.call(OP, _check, (3, 4, 5, 6), *tensors, act, eps, residual, memory)
 
 
-def _check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, act, layer_scale, row_scale) -> None:
+def _check(
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, row_scale, act, eps, residual,
+    memory,
+) -> None:  # fmt: skip
     check_norm(NAME, x, norm_weight, norm_bias)
     _contract.check_together(
         NAME,
@@ -85,6 +84,8 @@ def _check(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
     if act not in reference.ACTIVATIONS:
         raise ValueError(f"{NAME}: act is {act!r}, expected one of {', '.join(map(repr, reference.ACTIVATIONS))}")
     check_branch(NAME, x, layer_scale, row_scale)
+    if memory not in MEMORY:
+        raise ValueError(f"{NAME}: memory is {memory!r}, expected one of {', '.join(map(repr, MEMORY))}")
 
 
 def _fwd(x, nw, nb, w1, b1, w2, b2, layer_scale, row_scale, act, eps, residual, save, cache, backend):

@@ -36,10 +36,7 @@ def linear_residual(
     Raises ValueError for a wrong shape, dtype or device, Unsupported where a forced backend cannot run.
     Meaning: fastvit.reference.linear_residual.
     """
-    _check(x, weight, bias, residual, layer_scale, row_scale)
-    dtype = _contract.autocast_dtype(x)
-    x, weight, bias = _contract.cast(dtype, x, weight, bias)  # type: ignore[assignment]
-    return OP(x, weight, bias, residual, layer_scale, row_scale)
+    return _contract.call(OP, _check, (0, 1, 2), x, weight, bias, residual, layer_scale, row_scale)
 
 
 def check_branch(op: str, out: Tensor, layer_scale: Tensor | None, row_scale: Tensor | None) -> None:

@@ -38,9 +38,7 @@ def patch_embed(
     Raises ValueError for a wrong shape, dtype or device, Unsupported where a forced backend cannot run.
     Meaning: fastvit.reference.patch_embed.
     """
-    _check(images, weight, bias, pos_embed, prefix, mean, std)
-    weight, bias = _contract.cast(_contract.autocast_dtype(weight), weight, bias)  # type: ignore[assignment]
-    return OP(images, weight, bias, pos_embed, prefix, mean, std)
+    return _contract.call(OP, _check, (1, 2), images, weight, bias, pos_embed, prefix, mean, std)
 
 
 def _check(images, weight, bias, pos_embed, prefix, mean, std) -> None:

@@ -147,6 +147,27 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_grad(Tensor dy, Tensor weight, Ten
   return {dh, a, finish_sums("linear_act_grad", partials, summed, *sums, kind, device, stride)};
 }
 
+// Several of the above in one call: with a small batch the host's way to an op takes longer than its kernel runs.
+// (act(h), h, mean, rstd) with h = linear(layer_norm(x)).
+std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_linear_act(Tensor x, MaybeTensor norm_weight,
+                                                                MaybeTensor norm_bias, Tensor weight, MaybeTensor bias,
+                                                                double eps, std::string act, bool save,
+                                                                std::string tile) {
+  const auto [y, mean, rstd] = layernorm_fwd(x, norm_weight, norm_bias, eps, weight.scalar_type());
+  const auto [a, h] = linear_act(y, weight, bias, std::nullopt, std::nullopt, std::nullopt, act, save, tile);
+  return {a, h, mean, rstd};
+}
+
+// (x + row_scale * layer_scale * linear(act(h)), h, mean, rstd).
+std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_mlp_residual(
+    Tensor x, MaybeTensor norm_weight, MaybeTensor norm_bias, Tensor fc1_weight, MaybeTensor fc1_bias,
+    Tensor fc2_weight, MaybeTensor fc2_bias, MaybeTensor layer_scale, MaybeTensor row_scale, double eps,
+    std::string act, bool save, std::string fc1_tile, std::string fc2_tile) {
+  const auto [a, h, mean, rstd] =
+      layernorm_linear_act(x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps, act, save, fc1_tile);
+  return {linear_residual(a, fc2_weight, fc2_bias, x, layer_scale, row_scale, fc2_tile), h, mean, rstd};
+}
+
 }  // namespace
 }  // namespace fastvit::sm90
 
@@ -160,10 +181,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastvit_cuda, m) {
   m.def(
       "linear_act_grad(Tensor dy, Tensor weight, Tensor h, str act, bool want_a, ScalarType? sums, str tile)"
       " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "layernorm_linear_act(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, float eps,"
+      " str act, bool save, str tile) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "layernorm_mlp_residual(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias,"
+      " Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, Tensor? row_scale, float eps, str act, bool save,"
+      " str fc1_tile, str fc2_tile) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CUDA, m) {
   m.impl("linear_act", TORCH_BOX(&fastvit::sm90::linear_act));
   m.impl("linear_residual", TORCH_BOX(&fastvit::sm90::linear_residual));
   m.impl("linear_act_grad", TORCH_BOX(&fastvit::sm90::linear_act_grad));
+  m.impl("layernorm_linear_act", TORCH_BOX(&fastvit::sm90::layernorm_linear_act));
+  m.impl("layernorm_mlp_residual", TORCH_BOX(&fastvit::sm90::layernorm_mlp_residual));
 }

@@ -1,0 +1,197 @@
+"""Microseconds that the host spends on a block, beside eager PyTorch's: what batch 1 without a graph is bound by.
+
+python benchmarks/host.py [--profile NAME] [--json]
+
+Needs no GPU: tensors are tiny and lie on the CPU. ``eager`` and ``cpp`` run for real, on one thread. ``cuda`` is the
+way a call takes on a Hopper GPU, down to what leaves Python: the ops of csrc/cuda and Triton's launcher are functions
+that give back what they gave before. Add about 6 us for each of the three ops, 3 us for an allocation that they make
+and 5 us for the launch. Eager's calls on a GPU likewise cost more than the tiny ones here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import json
+import pstats
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvit import ops, use_backend
+from fastvit.dispatch import OPS
+from fastvit.layers import Block
+from fastvit.ops import _contract, _cuda, _sm90
+
+WIDTH, HEADS, TOKENS = 64, 1, 5
+ROUNDS, CALLS = 200, 10
+
+
+class EagerBlock(nn.Module):
+    """timm's block, written with as few calls as it takes."""
+
+    def __init__(self, block: Block):
+        super().__init__()
+        self.norm1, self.norm2, self.act, self.heads = block.norm1, block.norm2, block.mlp.act, block.attn.num_heads
+        self.qkv, self.proj, self.fc1, self.fc2 = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
+        x = x + self.proj(attended)
+        return x + self.fc2(self.act(self.fc1(self.norm2(x))))
+
+
+@contextmanager
+def cuda_path() -> Iterator[None]:
+    """Send CPU tensors down the way of Hopper's kernels, and stub what lies beyond Python."""
+    from fastvit.kernels import _launch  # type: ignore[attr-defined]
+
+    compiled = SimpleNamespace(function=0, packed_metadata=(), run=lambda *args: None)
+    stubs = {name: _kept(make) for name, make in _RESULTS.items()}
+    with ExitStack() as stack:
+        for target, name, value in (
+            (_contract, "why_not_compiled", lambda *args: []),
+            (_contract, "why_not_triton", lambda *args: []),
+            (_cuda, "ops", SimpleNamespace(**stubs)),
+            (_sm90, "device_facts", lambda index: ((9, 0), 132)),
+            (_launch, "current_device", lambda: None),
+            (_launch, "current_stream", lambda device: 0),
+            (_launch.Launch, "run", lambda launch: compiled),
+            (_launch, "_kept", {}),
+            *((op, "_settled", {}) for op in OPS.values()),  # a verdict of these stubs does not outlive them
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        stack.enter_context(use_backend(layernorm_linear="cuda", linear_residual="cuda", layernorm_mlp="cuda"))
+        stack.enter_context(use_backend(attention_packed="triton"))
+        yield
+
+
+def _results(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    statistics = x.new_empty(x.shape[0], dtype=torch.float32)
+    return out, x.new_empty(0), statistics, statistics
+
+
+# What each op gives back, once for all calls: they have one shape here.
+_RESULTS: dict[str, Callable] = {
+    "linear_act": lambda *args: None,  # only to be there: it tells that Hopper's products are built
+    "layernorm_linear_act": lambda x, nw, nb, weight, *rest: _results(x, x.new_zeros(x.shape[0], weight.shape[0])),
+    "layernorm_mlp_residual": lambda x, *rest: _results(x, torch.zeros_like(x)),
+    "linear_residual": lambda x, weight, bias, residual, *rest: torch.zeros_like(residual),
+}
+
+
+def _kept(make: Callable) -> Callable:
+    results: list = []
+
+    def call(*args):
+        if not results:
+            results.append(make(*args))
+        return results[0]
+
+    return call
+
+
+def op_calls(block: Block, x: Tensor, dtype: torch.dtype) -> dict[str, tuple[Callable, Callable]]:
+    """name -> (the op, eager's way to the same)"""
+    norm, attn, mlp = block.norm1, block.attn, block.mlp
+    width = x.shape[-1]
+    qkv = torch.randn(*x.shape[:2], 3 * width, dtype=dtype)
+    first = (norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias)
+    second = (norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+
+    def attend() -> Tensor:
+        q, k, v = qkv.reshape(*x.shape[:2], 3, HEADS, width // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+
+    return {
+        "layernorm_linear": (lambda: ops.layernorm_linear(x, *first), lambda: attn.qkv(norm(x))),
+        "attention_packed": (lambda: ops.attention_packed(qkv, HEADS), attend),
+        "linear_residual": (
+            lambda: ops.linear_residual(x, attn.proj.weight, attn.proj.bias, x),
+            lambda: x + attn.proj(x),
+        ),
+        "layernorm_mlp": (
+            lambda: ops.layernorm_mlp(x, *second),
+            lambda: x + mlp.fc2(mlp.act(mlp.fc1(norm(x)))),
+        ),
+    }
+
+
+def least_microseconds(calls: dict[str, Callable]) -> dict[str, float]:
+    """The least of many short rounds, taken in turn: other work on the machine only ever adds."""
+    least = dict.fromkeys(calls, float("inf"))
+    for call in calls.values():
+        for _ in range(50):
+            call()
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            least[name] = min(least[name], (time.perf_counter() - begin) / CALLS * 1e6)
+    return least
+
+
+def calls(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable]]:
+    """name -> (ours, eager's), of a block and of each op."""
+    block = Block(WIDTH, HEADS, qkv_bias=True, dtype=dtype).eval()
+    x, eager = torch.randn(1, TOKENS, WIDTH, dtype=dtype), EagerBlock(block).eval()
+    return {"block": (lambda: block(x), lambda: eager(x))} | op_calls(block, x, dtype)
+
+
+def rows() -> list[dict[str, object]]:
+    """float32 on the CPU, where a 16-bit product would be work and not host time; bfloat16 down the way to a GPU."""
+    found: list[dict[str, object]] = []
+    wide, half = calls(torch.float32), calls(torch.bfloat16)
+    with torch.inference_mode():
+        for name, (ours, stock) in wide.items():
+            found.append({"op": name, "mode": "infer", **least_microseconds({"cpp": ours, "eager": stock})})
+            with cuda_path():
+                found[-1]["cuda"] = least_microseconds({"cuda": half[name][0]})["cuda"]
+    ours, stock = wide["block"]
+    steps = {"cpp": lambda: ours().sum().backward(), "eager": lambda: stock().sum().backward()}
+    found.append({"op": "block", "mode": "train", **least_microseconds(steps)})
+    return found
+
+
+def profile(name: str) -> None:
+    """Where the host's time goes on the way of the CUDA kernels."""
+    call = calls(torch.bfloat16)[name][0]
+    profiler = cProfile.Profile()
+    with torch.inference_mode(), cuda_path():
+        call()
+        profiler.enable()
+        for _ in range(2000):
+            call()
+        profiler.disable()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", metavar="NAME", help="an op, or block: where its time goes")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.profile:
+        return profile(arguments.profile)
+    found = rows()
+    if arguments.json:
+        return print(json.dumps(found, indent=1))
+    print(f"{'us':<20}{'mode':<8}{'eager':>8}{'cpp':>8}{'cuda':>8}")
+    for row in found:
+        numbers = "".join(f"{row[name]:8.1f}" if name in row else f"{'-':>8}" for name in ("eager", "cpp", "cuda"))
+        print(f"{row['op']:<20}{row['mode']:<8}{numbers}")
+
+
+if __name__ == "__main__":
+    main()
