@@ -201,7 +201,7 @@ def _launch(
     constexprs = {"D": dim, "UNIT": unit, "CAUSAL": options.is_causal}
     constexprs["ONE_ROW"] = mask_strides[2] == 0  # one row of the mask, e.g. the padding of keys, serves every query
     constexprs |= {"NORM": preparation.norm, "PAIRS": preparation.pairs}
-    constexprs["QK_COLS"] = pair_cols(rows[0].dtype, dim) if preparation.pairs else settings.cols
+    constexprs["QK_COLS"] = pair_cols(rows[0].dtype, dim, settings.cols) if preparation.pairs else settings.cols
     return Launch.of(kernel, (tiles * batch * heads,), arguments, constexprs, settings)
 
 
