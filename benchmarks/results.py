@@ -24,6 +24,7 @@ def results() -> Iterator[dict[str, Any]]:
     """The files of each device with its newest one's versions, as one; a case timed again counts as timed last."""
     for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
         files = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+        files = [result for result in files if result.get("kind") != "accuracy"]  # no timings
         if not files:
             continue
         files.sort(key=lambda result: result["machine"]["date"], reverse=True)

@@ -14,6 +14,7 @@ MACHINE = ("device", "driver", "torch", "triton", "python", "commit", "date")
 MODES = {"op": ("fwd", "bwd", "full"), "model": ("infer", "train")}
 TIMES = ("p20_ms", "p50_ms", "p80_ms")
 NUMBERS = (*TIMES, "tflops", "gbps", "peak_mb", "ceiling_share", "error")
+ERRORS = ("rms_error", "rms_error_stock", "max_error", "max_error_stock")
 REQUIRED = ("provider", "mode", "dtype", "batch", *NUMBERS, "raw_ms")
 
 
@@ -31,13 +32,27 @@ def check(result: Any) -> Iterator[str]:
     if not isinstance(result.get("rows"), list) or not result["rows"]:
         yield "there are no rows"
         return
+    accuracy = result.get("kind") == "accuracy"
     for index, row in enumerate(result["rows"]):
-        for problem in check_row(row):
+        for problem in check_accuracy_row(row) if accuracy else check_row(row):
             yield f"row {index}: {problem}"
+    if accuracy and result.get("passed") is not all(row.get("passed") for row in result["rows"]):
+        yield f"passed is {result.get('passed')!r}, its rows say otherwise"
     stock = {_case(row) for row in result["rows"] if row.get("provider") == "eager"}
     for row in result["rows"]:
         if row.get("provider") == "fastvit" and _case(row) not in stock:
             yield f"{' '.join(map(str, _case(row)))} has no eager row beside it"
+
+
+def check_accuracy_row(row: dict[str, Any]) -> Iterator[str]:
+    """A row of benchmarks/accuracy.py."""
+    missing = [key for key in ("form", "dtype", "tokens", "dim", "tensor", *ERRORS, "passed") if key not in row]
+    if missing:
+        yield f"no {', '.join(missing)}"
+        return
+    for key in ERRORS:
+        if not (isinstance(row[key], (int, float)) and math.isfinite(row[key])):
+            yield f"{key} is {row[key]!r}, expected a finite number"
 
 
 def check_row(row: dict[str, Any]) -> Iterator[str]:

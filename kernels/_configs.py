@@ -136,12 +136,13 @@ def _prepared_settings(kernel: str, dtype: Any, dim: int, arch: int) -> Attentio
     if dtype.itemsize == 4:
         cols = _fp32_cols(dim)
         if kernel == "fwd":
-            return AttentionSettings(cols, 32, 32, num_warps=8, max_registers=255)
-        if kernel == "bwd_dq":
-            return AttentionSettings(cols, 32, 16, num_warps=8, num_stages=1, max_registers=255)
-        return AttentionSettings(cols, 16, 16, num_stages=1, max_registers=255)
+            return AttentionSettings(cols, 32, 16 if wide else 32, num_warps=8, max_registers=255)
+        rows = 32 if kernel == "bwd_dq" and not wide else 16
+        return AttentionSettings(cols, rows, 16, num_warps=8, num_stages=1, max_registers=255)
     cols = _half_cols(dim)
     if kernel == "fwd":
+        if wide and not hopper:
+            return AttentionSettings(cols, 64, 16, num_warps=8, max_registers=255)
         return AttentionSettings(cols, 64 if wide else 128, 32, num_warps=8, max_registers=255)
     if kernel == "bwd_dq":
         rows = 64 if not wide or (hopper and dim <= 104) else 32
@@ -185,8 +186,13 @@ def _half_cols(dim: int) -> tuple[int, ...]:
     return power_of_two_parts(dim, 16, 2) if dim > 64 else power_of_two_parts(dim, 32, 1)
 
 
-def pair_cols(dtype: Any, dim: int) -> tuple[int, ...]:
-    """Half of the head dim in powers of two, for heads that are held in pairs of parts: 80 is (32 + 16) twice."""
+def pair_cols(dtype: Any, dim: int, cols: tuple[int, ...]) -> tuple[int, ...]:
+    """Half of the head dim in powers of two, for heads that are held in pairs of parts: 80 is (32 + 16) twice.
+
+    cols   of the settings: one part stays one pair, padded
+    """
+    if len(cols) == 1:
+        return (cols[0] // 2,)
     return _fp32_cols(dim // 2) if dtype.itemsize == 4 else power_of_two_parts(dim // 2, 16, 2)
 
 

@@ -107,34 +107,13 @@ def attention_general_bwd(
 
 
 def aot_cases(arch: int = 90) -> list[AotCase]:
-    """The options one by one at D = 64, and all together at every way to cut a head dim."""
-    meta: dict[str, Any] = {"device": "meta"}
-    seed = torch.empty(1, dtype=torch.int64, **meta)
-    mask = torch.empty(2, 1, 197, 197, **meta)
-    alone = {
-        "keys": Options(0.125, attn_mask=mask[:, :, :1].bool()),
-        "bool": Options(0.125, attn_mask=mask.bool()),
-        "float": Options(0.125, attn_mask=mask),
-        "dropout": Options(0.125, dropout_p=0.1, dropout_seed=seed),
-        "varlen": Options(0.125, cu_seqlens=torch.empty(3, dtype=torch.int32, **meta), max_seqlen=197),
-    }
-    together = Options(0.125, mask.bfloat16(), True, 0.1, seed)
-    wanted = [(64, options) for options in alone.items()]
-    wanted += [(dim, ("all", together)) for dim in (32, 64, 80, 96, 104, 128)]
+    """The options one by one at D = 64, all together at every way to cut a head dim, and prepared heads at each D."""
     cases: dict[Any, AotCase] = {}
-    every = list(product(wanted, (torch.bfloat16, torch.float16, torch.float32)))
-    prepared = (
-        [(64, "half"), (64, "interleaved"), (80, "half"), (128, "half"), (72, "rms")] if arch == 90 else [(64, "half")]
-    )
-    for dim, label in prepared:
-        every.append(((dim, (label, replace(together, preparation=_aot_preparation(dim, label)))), torch.bfloat16))
-    if arch == 90:
-        every.append(((64, ("half", every[-5][0][1][1])), torch.float32))
-    for (dim, (label, options)), dtype in every:
+    for (dim, label, options), dtype in _aot_calls(arch):
         batch = 1 if label == "varlen" else 2
-        q = torch.empty(batch, 197, 3, 12, dim, dtype=dtype, **meta).permute(2, 0, 3, 1, 4)[0]
-        out = torch.empty(batch, 197, 12, dim, dtype=dtype, **meta).transpose(1, 2)
-        top = torch.empty(batch, 12, 197, **meta)
+        q = torch.empty(batch, 197, 3, 12, dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4)[0]
+        out = torch.empty(batch, 197, 12, dim, dtype=dtype, device="meta").transpose(1, 2)
+        top = torch.empty(batch, 12, 197, device="meta")
         device = Limits.of_arch(arch)
         launches = [_fwd_launch(q, q, q, out, top, top, options, device)]
         launches += _bwd_launches(out, q, q, q, out, top, top, options, q, q, q, device)[0]
@@ -142,6 +121,33 @@ def aot_cases(arch: int = 90) -> list[AotCase]:
             name = f"{launch.kernel.fn.__name__.strip('_')}_{str(dtype).removeprefix('torch.')}_d{dim}_{label}"
             cases[name] = launch.aot_case(name)
     return list(cases.values())
+
+
+def _aot_calls(arch: int) -> list[tuple[tuple[int, str, Options], torch.dtype]]:
+    """((head dim, label, options), dtype). What no setting depends on is compiled for sm_90 alone."""
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    mask = torch.empty(2, 1, 197, 197, device="meta")
+    cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta")
+    together = Options(0.125, mask.bfloat16(), True, 0.1, seed)
+    unprepared = [
+        (64, "keys", Options(0.125, attn_mask=mask[:, :, :1].bool())),
+        (64, "bool", Options(0.125, attn_mask=mask.bool())),
+        (64, "float", Options(0.125, attn_mask=mask)),
+        (64, "dropout", Options(0.125, dropout_p=0.1, dropout_seed=seed)),
+        (64, "varlen", Options(0.125, cu_seqlens=cu_seqlens, max_seqlen=197)),
+        *((dim, "all", together) for dim in (32, 64, 80, 96, 104, 128)),
+    ]
+
+    def prepared(dim: int, label: str, options: Options = together) -> tuple[int, str, Options]:
+        return dim, label, replace(options, preparation=_aot_preparation(dim, label))
+
+    calls = list(product(unprepared, (torch.bfloat16, torch.float16, torch.float32)))
+    calls += product([prepared(dim, "half") for dim in (32, 64, 72, 80, 96, 128)], (torch.bfloat16, torch.float32))
+    if arch == 90:
+        alone = prepared(64, "half", Options(0.125))
+        others = [prepared(64, "interleaved"), prepared(72, "rms"), (64, "half_alone", alone[2])]
+        calls += [*product(others, (torch.bfloat16,)), (prepared(64, "half"), torch.float16)]
+    return calls
 
 
 def _aot_preparation(dim: int, label: str) -> Preparation:
@@ -195,7 +201,7 @@ def _launch(
     constexprs = {"D": dim, "UNIT": unit, "CAUSAL": options.is_causal}
     constexprs["ONE_ROW"] = mask_strides[2] == 0  # one row of the mask, e.g. the padding of keys, serves every query
     constexprs |= {"NORM": preparation.norm, "PAIRS": preparation.pairs}
-    constexprs["QK_COLS"] = pair_cols(rows[0].dtype, dim) if preparation.pairs else settings.cols
+    constexprs["QK_COLS"] = pair_cols(rows[0].dtype, dim, settings.cols) if preparation.pairs else settings.cols
     return Launch.of(kernel, (tiles * batch * heads,), arguments, constexprs, settings)
 
 

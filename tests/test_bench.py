@@ -217,6 +217,14 @@ def test_a_broken_result_file_is_caught():
     assert any("raw_ms" in p for p in check({"machine": machine, "rows": [row | {"raw_ms": [[9.0]]}, eager]}))
     assert any("commit" in problem for problem in check({"machine": machine | {"commit": None}, "rows": [row, eager]}))
 
+    row = {"form": "plain", "dtype": "float32", "tokens": 197, "dim": 64, "tensor": "output", "passed": True}
+    row |= dict.fromkeys(("rms_error", "rms_error_stock", "max_error", "max_error_stock"), 1e-7)
+    table = {"machine": machine, "kind": "accuracy", "passed": True, "rows": [row]}
+    assert not list(check(table))
+    assert any("finite" in p for p in check(table | {"rows": [row | {"max_error": float("nan")}]}))
+    assert any("no tensor" in p for p in check(table | {"rows": [{k: v for k, v in row.items() if k != "tensor"}]}))
+    assert any("say otherwise" in p for p in check(table | {"rows": [row | {"passed": False}]}))
+
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark")
 def test_peak_memory_sees_a_large_temporary():
