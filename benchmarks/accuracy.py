@@ -2,8 +2,8 @@
 
 Stock is SDPA, F.layer_norm and F.conv2d. Every form runs at all lengths for D = 64 and at all head dims for N = 197,
 plain attention and the class token's row at all pairs; on a GPU, and with --full, everything runs at all pairs. Without
-a GPU the kernels run in Triton's interpreter with one or two heads, with the tiles of an H200. It takes minutes on two
-cores: about fifteen, three with --quick, an hour with --full. Its matrix products are summed in float64 and rounded
+a GPU the kernels run in Triton's interpreter with few heads, with the tiles of an H200: twenty minutes on two cores; a
+few with --quick and more than an hour with --full are estimates. Its matrix products are summed in float64 and rounded
 once, so float32 rows are milder than a GPU's; rounding of inputs, weights and results is the kernels' own.
 
 Fails where a gate of fastvit.testing is missed, and says how many rows are above stock.

@@ -16,6 +16,8 @@ from fastvit.reference import HeadNorm, Rope
 from fastvit.testing import assert_as_accurate, cast_inputs, run_with_gradients, sliced
 
 pytest.importorskip("triton", reason="triton is not installed")
+from fastvit.kernels._configs import Limits
+
 from fastvit.kernels import attention_general as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,6 +95,13 @@ def test_norms_and_rotations(dim, dtype, norm, half):
     if rope is None:  # a bias on every key moves all scores of a query alike: its gradient is zero but for noise
         inputs.pop("k_bias")
     assert_parity(inputs, norm, rope)
+
+
+@pytest.mark.parametrize(("dim", "half"), [(72, True), (80, False), (96, True)], ids=str)
+def test_the_tiles_before_hopper(monkeypatch, dim, half):
+    """There a head is held in one pair of parts, with padding in both."""
+    monkeypatch.setattr(kernels, "limits", lambda device: Limits.of_arch(80))
+    assert_parity(heads(1, 1, 37, 45, dim, BF16), rope=Rope(table(44, dim), 1, half))
 
 
 def test_a_bias_on_every_key_takes_no_gradient_without_a_rotation():
