@@ -1,7 +1,9 @@
-"""GELU of the compiled CPU ops in bfloat16, where it may be as coarse as its result: every value there is."""
+"""The activations of the compiled CPU ops, value by value: bfloat16 GELU may be as coarse as its result."""
 
 import pytest
 import torch
+
+from fastvit import reference
 
 C = pytest.importorskip("fastvit._C", reason="the C++ extension is not built")
 SIDE = 512
@@ -47,3 +49,16 @@ def test_infinity_and_nan(value):
     y = C.layernorm_mlp_fwd(x, None, None, fc1, bias, fc2, None, None, None, "gelu", 1e-6, False, False, False)[0]
     assert torch.equal(y.isnan(), torch.full_like(y, value != value, dtype=torch.bool))
     assert value != value or (y == value).all()
+
+
+@pytest.mark.parametrize("act", reference.ACTIVATIONS)
+def test_slopes(act):
+    """The gradient of fc1's bias is the slope where fc2 is the identity. 1 - sigmoid of a large value would cancel."""
+    h = torch.linspace(-12, 12, SIDE)[None]
+    x, fc1, dout = torch.zeros(1, SIDE), torch.zeros(SIDE, SIDE), torch.ones(1, SIDE)
+    mask = [False, False, False, False, True, False, False, False]
+    given = (None, None, fc1, torch.eye(SIDE), None, None, None)
+    slope = C.layernorm_mlp_bwd(dout, x, torch.zeros(1), torch.ones(1), h, *given, act, False, mask)[4]
+    exact = h.double().requires_grad_()
+    (wanted,) = torch.autograd.grad(reference.activation(exact, act).sum(), exact)
+    assert (slope.double() - wanted[0]).abs().max() <= 4e-7

@@ -39,7 +39,7 @@ FASTVIT_INLINE void softmax_row(const SoftmaxRows& block, int64_t r) {
   for (; key < visible; key += LANES) {
     const int64_t left = visible - key;
     const f32x16 score = MASKED ? load16(scores + key) : first_lanes(load16(scores + key) * block.scale, left, -INF);
-    const f32x16 weight = exp16_of_small(score - shift);
+    const f32x16 weight = exp16(score - shift);
     sums += weight;
     store16(weights + key, weight);
   }
@@ -94,7 +94,7 @@ FASTVIT_INLINE ScoreGrad score_grad(const ScoreGradTile& tile, int64_t key, int6
     const int64_t hidden = tile.first_key + key - tile.first_query - column;  // queries before the key
     score = select(first(std::clamp<int64_t>(hidden, 0, LANES)), -INF, score);
   }
-  const f32x16 weight = exp16_of_small(score - load16(tile.shifts + column)) * load16(tile.inverse_sums + column);
+  const f32x16 weight = exp16(score - load16(tile.shifts + column)) * load16(tile.inverse_sums + column);
   return {weight, weight * (load16(tile.dweights + at) - load16(tile.delta + column)) * tile.scale};
 }
 

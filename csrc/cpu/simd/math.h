@@ -8,7 +8,7 @@ namespace fastvit::cpu::FASTVIT_ISA {
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 // exp(x) to 1 ulp for x below 88; 0 below the smallest normal number.
-FASTVIT_INLINE f32x16 exp16_of_small(f32x16 x) {
+FASTVIT_INLINE f32x16 exp16(f32x16 x) {
   constexpr float round_bias = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const f32x16 shifted = x * 1.44269504f + round_bias;
   const f32x16 n = shifted - round_bias;
@@ -22,9 +22,6 @@ FASTVIT_INLINE f32x16 exp16_of_small(f32x16 x) {
   const u32x16 power = (bits(shifted) << 23) + 0x3f800000u;
   return select(x < -87.3f, 0.0f, p * from_bits(power));
 }
-
-// The same for any x; inf above the largest number.
-FASTVIT_INLINE f32x16 exp16(f32x16 x) { return select(x > 88.3f, INF, exp16_of_small(x)); }
 
 // 2^x to 3e-6 of its size, for x from -126 to 127.
 FASTVIT_INLINE f32x16 coarse_exp2(f32x16 x) {
@@ -67,7 +64,7 @@ FASTVIT_INLINE f32x16 normal_cdf(f32x16 x) {
   r = r * t + -6.34846687e-1f;
   r = r * t + -1.28717512e-1f;
   r = r * t - t;
-  const f32x16 tail = exp16_of_small(r) * 0.5f;
+  const f32x16 tail = exp16(r) * 0.5f;
   const f32x16 far = select(a < 0.0f, tail, 1.0f - tail);
 
   f32x16 q = s * -5.96761703e-4f + 4.99119423e-3f;
@@ -79,13 +76,24 @@ FASTVIT_INLINE f32x16 normal_cdf(f32x16 x) {
   return select(t > 0.927734375f, far, near);
 }
 
-FASTVIT_INLINE f32x16 sigmoid(f32x16 z) { return 1.0f / (1.0f + exp16(-z)); }
+// sigmoid(z), and its derivative times dz. From e^-|z|, since 1 - sigmoid(z) would lose every digit of a large z.
+FASTVIT_INLINE Gate sigmoid_gate(f32x16 z, f32x16 dz) {
+  const f32x16 e = exp16(-from_bits(bits(z) & 0x7fffffff));
+  const f32x16 large = 1.0f / (1.0f + e), small = e * large;
+  return {select(z > 0.0f, large, small), large * small * dz};
+}
+
+template <Activation A>
+FASTVIT_INLINE Gate gate_and_slope(f32x16 x) {
+  if constexpr (A == Activation::gelu) return {normal_cdf(x), exp16(x * x * -0.5f) * 0.398942280f};
+  if constexpr (A == Activation::quick_gelu) return sigmoid_gate(1.702f * x, 1.702f);
+  const f32x16 s = x * x;
+  return sigmoid_gate(x * (1.59576912f + 0.0713548162f * s), 1.59576912f + 0.214064449f * s);
+}
 
 template <Activation A>
 FASTVIT_INLINE f32x16 gate(f32x16 x) {
-  if constexpr (A == Activation::gelu) return normal_cdf(x);
-  if constexpr (A == Activation::gelu_tanh) return sigmoid(x * (1.59576912f + 0.0713548162f * x * x));
-  return sigmoid(1.702f * x);
+  return gate_and_slope<A>(x).value;
 }
 
 // The activation itself, as exact as a result in S can be.
@@ -93,14 +101,6 @@ template <class S, Activation A>
 FASTVIT_INLINE f32x16 activate(f32x16 x) {
   if constexpr (A == Activation::gelu && std::is_same_v<S, c10::BFloat16>) return coarse_gelu(x);
   return x * gate<A>(x);
-}
-
-template <Activation A>
-FASTVIT_INLINE Gate gate_and_slope(f32x16 x) {
-  const f32x16 g = gate<A>(x);
-  if constexpr (A == Activation::gelu) return {g, exp16_of_small(x * x * -0.5f) * 0.398942280f};
-  if constexpr (A == Activation::gelu_tanh) return {g, g * (1.0f - g) * (1.59576912f + 0.214064449f * x * x)};
-  return {g, g * (1.0f - g) * 1.702f};
 }
 
 }  // namespace fastvit::cpu::FASTVIT_ISA
