@@ -45,7 +45,7 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     q, k, v = (_rows(t) for t in (q, k, v))
     batch, heads, nq, dim = q.shape
     out = q.new_empty(batch, nq, heads, dim).transpose(1, 2)
-    lse = new_statistics(q)
+    lse = new_statistics(q, q.shape[:3])
     if q.numel():
         tensors = (q, k, v, out, lse)
         pointers = dict(zip(("q", "k", "v", "out", "lse"), (t.data_ptr() for t in tensors), strict=True))
@@ -59,8 +59,7 @@ def attention_packed_fwd(qkv: Tensor, num_heads: int, scale: float) -> tuple[Ten
     batch, tokens, packed = qkv.shape
     width, dim = packed // 3, packed // (3 * num_heads)
     out = qkv.new_empty(batch, tokens, width)
-    halves = qkv.dtype.itemsize == 2
-    lse = qkv.new_empty((batch, num_heads, tokens) if halves else (2, batch, num_heads, tokens), dtype=torch.float32)
+    lse = new_statistics(qkv, (batch, num_heads, tokens))
     address, step = qkv.data_ptr(), width * qkv.dtype.itemsize
 
     def build() -> list[Launch]:
@@ -80,10 +79,9 @@ def reads_packed(qkv: Tensor) -> bool:
     return qkv.stride(2) == 1 and qkv.shape[1] * qkv.stride(1) < 2**31 and qkv.numel() > 0
 
 
-def new_statistics(q: Tensor) -> Tensor:
-    """Room for what the forward saves of every query."""
-    rows = q.shape[:3] if q.dtype.itemsize == 2 else (2, *q.shape[:3])
-    return q.new_empty(rows, dtype=torch.float32)
+def new_statistics(q: Tensor, queries: tuple[int, ...]) -> Tensor:
+    """Room for what the forward saves of each of its (B, H, N) queries."""
+    return q.new_empty(queries if q.dtype.itemsize == 2 else (2, *queries), dtype=torch.float32)
 
 
 def attention_bwd(
@@ -127,7 +125,7 @@ def aot_cases(arch: int = 90) -> list[AotCase]:
         qkv = torch.empty(2, length, 3, 12, dim, dtype=dtype, device="meta")
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = torch.empty(2, length, 12, dim, dtype=dtype, device="meta").transpose(1, 2)
-        lse = new_statistics(q)
+        lse = new_statistics(q, q.shape[:3])
         launches = [_fwd_launch(q, k, v, out, lse, 0.125, device)]
         launches += _bwd_launches(out, q, k, v, out, lse, 0.125, q, k, v, device)
         for launch in launches:

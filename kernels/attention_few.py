@@ -43,7 +43,7 @@ def attention_few_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
     q, k, v = (_rows(t) for t in (q, k, v))
     batch, heads, nq, dim = q.shape
     out = q.new_empty(batch, nq, heads, dim).transpose(1, 2)
-    lse = new_statistics(q)
+    lse = new_statistics(q, q.shape[:3])
     if q.numel():
         _fwd_launch(q, k, v, out, lse, scale).run()
     return out, lse
@@ -76,7 +76,7 @@ def aot_cases() -> list[AotCase]:
     for queries, dim, dtype in sizes:
         q, out = (torch.empty(2, queries, 12, dim, dtype=dtype, device="meta").transpose(1, 2) for _ in range(2))
         k, v = torch.empty(2, 197, 2, 12, dim, dtype=dtype, device="meta").permute(2, 0, 3, 1, 4).unbind(0)
-        lse = new_statistics(q)
+        lse = new_statistics(q, q.shape[:3])
         launches = (_fwd_launch(q, k, v, out, lse, 0.125), _bwd_launch(out, q, k, v, out, lse, 0.125, q, k, v))
         for launch in launches:
             kernel = launch.kernel.fn.__name__.strip("_")

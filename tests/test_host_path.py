@@ -314,3 +314,28 @@ def test_interpreted_launches_are_not_kept(launches):
     kernel.compiled = None
     _run(launches, kernel, x, out)
     assert launches._kept == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_replay_gives_every_argument_its_place(dtype):
+    """Of the attention's own launches: in the order of the kernel's parameters, the pointers by their names."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from fastvit.kernels._configs import Limits
+
+    from fastvit.kernels import _launch, attention
+
+    qkv = torch.empty(2, 197, 3, 12, 64, dtype=dtype, device="meta")
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    out, lse = torch.empty_like(q), attention.new_statistics(q, q.shape[:3])
+    grads = [torch.empty_like(q) for _ in range(3)]
+    device = Limits.of_arch(90)
+    made = [attention._fwd_launch(q, k, v, out, lse, 0.125, device)]
+    made += attention._bwd_launches(out, q, k, v, out, lse, 0.125, *grads, device)
+    known = {"q", "k", "v", "out", "lse", "dout", "dq", "dk", "dv", "delta"}
+    for launch in made:
+        replay = _launch.Replay.of(launch, None)
+        names = [param.name for param in launch.kernel.params]
+        given = dict(zip(names, launch.arguments, strict=False)) | launch.constexprs
+        assert set(replay.names) <= known
+        assert [f"{name}_ptr" for name in replay.names] == names[: len(replay.names)]
+        assert list(replay.rest) == [given[name] for name in names[len(replay.names) :]]
