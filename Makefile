@@ -6,6 +6,8 @@ VENV ?= .venv
 PYTHON := $(shell OFFLINE=$(OFFLINE) .ci/python $(VENV))
 IN_VENV := $(filter $(VENV)/%,$(PYTHON))
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
+# Where pytest-xdist is: tests side by side, each process with one thread
+SIDE_BY_SIDE = $(if $(shell $(PYTHON) -c "import xdist; print(1)" 2>/dev/null),-n $(MAX_JOBS))
 MAX_JOBS ?= $(shell nproc)
 export MAX_JOBS
 ifeq ($(IN_VENV),)
@@ -18,14 +20,14 @@ SYSTEM := $(if $(IN_VENV),,system)
 READY := $(if $(IN_VENV),$(VENV)/.ready)
 BUILT := build/.built-$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)' 2>/dev/null || echo none)
 SANITIZED := build/sanitize
-CHECKS := setup lint types unit interpreter sanitize aot wheel-test results-check
+CHECKS := setup lint types unit interpreter sanitize aot-quick wheel-test results-check
 
-.PHONY: help setup system demo test lint types unit interpreter sanitize sanitize-threads aot wheel wheel-test bench gpu results \
-	results-check format clean
+.PHONY: help setup system demo test lint types unit interpreter sanitize sanitize-threads aot aot-quick wheel wheel-test bench gpu \
+	results results-check format clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "setup demo test lint types unit interpreter sanitize sanitize-threads aot wheel wheel-test bench gpu results results-check format clean"
+	@echo "setup demo test lint types unit interpreter sanitize sanitize-threads aot aot-quick wheel wheel-test bench gpu results results-check format clean"
 	@sed -n '1,/^[A-Z]* ?=/{s/^# //p}' Makefile
 
 setup: $(SYSTEM) $(READY) $(BUILT)
@@ -68,7 +70,7 @@ unit: setup
 # Triton's interpreter is chosen when a kernel is defined: a process of its own
 interpreter: setup
 	@.ci/have $(PYTHON) pytest,triton interpreter || exit 0; \
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) --disable-warnings tests/test_*_kernel.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) $(SIDE_BY_SIDE) --disable-warnings tests/test_*_kernel.py
 
 sanitize: setup
 	@.ci/have $(PYTHON) pytest sanitize || exit 0; .ci/sanitize $(PYTHON) $(SANITIZED) address
@@ -78,6 +80,10 @@ sanitize-threads: setup
 
 aot: setup
 	@.ci/have $(PYTHON) triton aot || exit 0; $(PYTHON) benchmarks/aot.py $(ARGS)
+
+# What `make test` has time for
+aot-quick: setup
+	@.ci/have $(PYTHON) triton aot-quick || exit 0; $(PYTHON) benchmarks/aot.py --quick
 
 wheel: setup
 	@rm -rf dist build/lib* build/bdist*

@@ -5,7 +5,7 @@ The waste of an attention kernel is the share of its matrix products that falls 
 Rules: no spills, shared memory within the block's limit, and wgmma on sm_90 wherever 16-bit matrices of its 64 rows or
 more are multiplied.
 
-    python benchmarks/aot.py [--only TEXT] [--arch 90] [--full] [--json FILE]
+    python benchmarks/aot.py [--only TEXT] [--arch 90] [--quick | --full] [--json FILE]
 """
 
 from __future__ import annotations
@@ -92,16 +92,19 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": usage["REG"], "spills": usage["STACK"] + usage["LOCAL"]}
 
 
-def triton_rows(archs: Iterable[int], only: str, full: bool, workers: int) -> Iterable[dict[str, Any]]:
+def jobs_of(module: str, arch: int, args: argparse.Namespace) -> Iterable[tuple[str, int, int]]:
     """float16 differs from bfloat16 in the type of an element alone: by default one architecture speaks for it."""
-    jobs = [
-        (module, index, arch)
-        for module in MODULES
-        for arch in archs
+    wanted = [
+        index
         for index, case in enumerate(cases(module, arch))
-        if only in case.name and (full or arch == 90 or "float16" not in case.name.replace("bfloat16", ""))
+        if args.only in case.name and (args.full or arch == 90 or not re.search(r"(?<!b)float16", case.name))
     ]
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    return [(module, index, arch) for index in (wanted[::3] if args.quick and arch != 90 else wanted)]
+
+
+def triton_rows(archs: Iterable[int], args: argparse.Namespace) -> Iterable[dict[str, Any]]:
+    jobs = [job for module in MODULES for arch in archs for job in jobs_of(module, arch, args)]
+    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
         yield from pool.map(compile_one, *zip(*jobs, strict=True)) if jobs else ()
 
 
@@ -118,7 +121,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--arch", type=int, action="append", choices=list(SHARED_LIMIT), help="default: all")
-    parser.add_argument("--full", action="store_true", help="float16 on every architecture, not on sm_90 alone")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="every third Triton kernel where it is not for sm_90")
+    size.add_argument("--full", action="store_true", help="float16 on every architecture, not on sm_90 alone")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
@@ -126,7 +131,7 @@ def main() -> int:
     start = time.monotonic()
     rows = []
     print(f"{'kernel':<58} {'arch':>4} {'regs':>5} {'shared':>7} {'spills':>6} {'matrix':<15} waste")
-    for source in (triton_rows(archs, args.only, args.full, args.workers), cuda_rows(archs, args.only)):
+    for source in (triton_rows(archs, args), cuda_rows(archs, args.only)):
         for row in source:
             rows.append(row)
             found = [row.get(key, "-") for key in ("registers", "shared", "spills")]

@@ -89,6 +89,8 @@ class Calibration:
                 self.gemm(name, self.batch * 197, k, n)
         for name, backend in ATTENTIONS.items():
             self.attention(name, backend)
+        if self.device.type == "cuda":
+            self.attention_traffic()
         self.layernorm()
         if not _extension.why_not_cuda() and self.device.type == "cuda":
             with torch.no_grad():
@@ -122,6 +124,18 @@ class Calibration:
         self.time(f"sdpa-{name}-fwd", torch.no_grad()(lambda _: forward()), flops=flops, bytes_moved=4 * size)
         backward = functools.partial(torch.autograd.grad, inputs=(q, k, v), grad_outputs=dout)
         self.time(f"sdpa-{name}-bwd", backward, forward, flops=2.5 * flops, bytes_moved=8 * size)
+
+    def attention_traffic(self) -> None:
+        import attention_traffic
+
+        forms = attention_traffic.forms(self.batch, 12, 197, 64, self.device, self.dtype)
+        for name, given in forms.items():
+            size = 2.0 * given[0].numel()
+            self.time(
+                f"attention-traffic-{name}",
+                lambda _, given=given: attention_traffic.traffic(*given),
+                bytes_moved=4 * size,
+            )
 
     def layernorm(self) -> None:
         x, dout = self.randn(self.batch, 197, 768, grad=True), self.randn(self.batch, 197, 768)

@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -38,16 +39,20 @@ def candidates(kernel: str, dtype: torch.dtype, dim: int, keys: int, arch: int) 
         return list(
             dict.fromkeys(found + [AttentionSettings(cols, m, n, num_warps=w, num_stages=s) for m, n, w, s in sizes])
         )
-    # the side that owns a program's sums has 16 rows for each warp
+    if found[0].tail:
+        found.append(replace(found[0], tail=0))
+    # the side that owns a program's sums has 16 rows for each warp, and few rows left over may lie in columns
     owned = ((64, 4), (128, 8))
+    tails = {own: found[0].tail if 0 < keys % own <= found[0].tail else 0 for own, _ in owned}
     for (own, warps), other, stages in product(owned, (32, 64, 128), (2, 3)):
         m, n = (other, own) if kernel == "bwd" else (own, other)
-        found.append(AttentionSettings(cols, m, n, num_warps=warps, num_stages=stages))
+        found.append(AttentionSettings(cols, m, n, num_warps=warps, num_stages=stages, tail=tails[own]))
     if kernel == "fwd" and keys <= 256 and dim <= 64:
         forms = {_configs.power_of_two_parts(keys, 16, parts) for parts in (1, 3)} | {(128, 128)}
         for form, (m, warps), running in product(sorted(forms), owned, (False, True)):
             stages = 1 if running else 2  # queries that wait in shared memory would cost a program
-            found.append(AttentionSettings(cols, m, keys=form, num_warps=warps, num_stages=stages, running=running))
+            form_of = {"keys": form, "running": running, "tail": tails[m]}
+            found.append(AttentionSettings(cols, m, num_warps=warps, num_stages=stages, **form_of))
     if kernel == "bwd" and keys <= 256 and dim <= 64:
         for form, m, warps in product(((128, 128), (256,)), (16, 32, 64), (8, 16)):
             found.append(AttentionSettings(cols, m, keys=form, num_warps=warps))

@@ -19,13 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._attend import attend_at_once, attend_by_tile, attend_in_columns
+from ._columns import dkv_in_columns, dq_in_columns, fwd_in_columns
 from ._configs import AotCase, AttentionSettings, Limits, attention_settings
 from ._launch import Launch, facts, limits, run, unit_strides
 from ._math import cast
+from ._softmax import LOG2_E, load_statistics, probabilities, save_statistics, statistic_rows, weights
 from ._tiles import before, inner, load, load_tiles, outer, outer_t, row_sum, scaled, store, zeros, zeros_t
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
 # one binary serves every batch, length and stride: alignment is told by UNIT
 _RUNTIME = ["scale", "H", "Nq", "Nk", "blocks"] + [
     f"stride_{tensor}{axis}" for tensor, axis in product(("q", "k", "v", "o", "do", "dq", "dk", "dv"), "bhn")
@@ -130,16 +131,22 @@ def aot_cases(arch: int = 90) -> list[AotCase]:
         launches += _bwd_launches(out, q, k, v, out, lse, 0.125, q, k, v, device)
         for launch in launches:
             name = f"{launch.kernel.fn.__name__.strip('_')}_{str(dtype).removeprefix('torch.')}_d{dim}_n{length}"
-            case = replace(launch.aot_case(name), waste=_waste(launch.constexprs, length))
+            case = replace(launch.aot_case(name), waste=_waste(launch.kernel, launch.constexprs, length))
             cases.setdefault((launch.kernel.fn.__name__, dtype, repr(launch.tiles)), case)
     return list(cases.values())
 
 
-def _waste(tiles: dict[str, Any], tokens: int) -> float:
+def _waste(kernel: Any, tiles: dict[str, Any], tokens: int) -> float:
     """Share of a head's products that falls on padding, of queries, keys and columns."""
-    queries = triton.cdiv(tokens, tiles["BLOCK_M"]) * tiles["BLOCK_M"]
-    keys = sum(tiles["KEYS"]) if "KEYS" in tiles else triton.cdiv(tokens, tiles["BLOCK_N"]) * tiles["BLOCK_N"]
-    return 1 - tokens * tokens * tiles["D"] / (queries * keys * sum(tiles["COLS"]))
+    owned, met = ("BLOCK_N", "BLOCK_M") if kernel is _attention_bwd_dkv_kernel else ("BLOCK_M", "BLOCK_N")
+    rest, tail = tokens % tiles[owned], tiles.get("TAIL", 0)
+    whole = tokens - rest + (tiles[owned] if rest > tail else 0)
+    every_row, every_column = (
+        sum(tiles["KEYS"]) if "KEYS" in tiles else triton.cdiv(tokens, tiles[block]) * tiles[block]
+        for block in (met, owned)
+    )
+    products = whole * every_row + (tail if 0 < rest <= tail else 0) * every_column
+    return 1 - tokens * tokens * tiles["D"] / (products * sum(tiles["COLS"]))
 
 
 def _check(q: Tensor, scale: float) -> None:
@@ -165,7 +172,7 @@ def _launch(
     rows: tuple[Tensor, ...],
     statistics: tuple[Tensor, ...],
     scalars: tuple[float, ...],
-    **form: bool,
+    **form: int,
 ) -> Launch:
     """``rows`` are (B, H, N, D) tensors; ``form`` holds a kernel's switches."""
     unit, strides = unit_strides(rows)
@@ -179,12 +186,13 @@ def _fwd_launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale
     tiles = triton.cdiv(nq, settings.block_m)
     scalars: tuple[float, ...] = (scale, heads, nq, k.shape[2])
     if not settings.short:
-        return _launch(_attention_fwd_kernel, settings, tiles * batch * heads, (q, k, v, out), (lse,), scalars)
+        programs, rows = tiles * batch * heads, (q, k, v, out)
+        return _launch(_attention_fwd_kernel, settings, programs, rows, (lse,), scalars, TAIL=settings.tail)
     # one program takes several query blocks of its head, as many as leave the device full
     blocks = max(1, min(tiles, tiles * batch * heads // (4 * device.processors)))
     programs = triton.cdiv(tiles, blocks) * batch * heads
     scalars = (*scalars, blocks)
-    form = {"RUNNING": settings.running}
+    form = {"RUNNING": settings.running, "TAIL": settings.tail}
     return _launch(_attention_short_fwd_kernel, settings, programs, (q, k, v, out), (lse,), scalars, **form)
 
 
@@ -205,8 +213,24 @@ def _bwd_launches(
     dq_programs = triton.cdiv(nq, dq_settings.block_m) * batch * heads
     dkv_programs = triton.cdiv(nk, settings.block_n) * batch * heads
     return [
-        _launch(_attention_bwd_dq_kernel, dq_settings, dq_programs, (q, k, v, out, dout, dq), (lse, delta), scalars),
-        _launch(_attention_bwd_dkv_kernel, settings, dkv_programs, (q, k, v, dout, dk, dv), (lse, delta), scalars),
+        _launch(
+            _attention_bwd_dq_kernel,
+            dq_settings,
+            dq_programs,
+            (q, k, v, out, dout, dq),
+            (lse, delta),
+            scalars,
+            TAIL=dq_settings.tail,
+        ),
+        _launch(
+            _attention_bwd_dkv_kernel,
+            settings,
+            dkv_programs,
+            (q, k, v, dout, dk, dv),
+            (lse, delta),
+            scalars,
+            TAIL=settings.tail,
+        ),
     ]
 
 
@@ -223,47 +247,6 @@ def _head(ptr, b, h, stride_b, stride_h, UNIT: tl.constexpr):
     return ptr + (b * stride_b + h * stride_h) * UNIT
 
 
-@triton.jit
-def _weights(scores, row_max, scale, IEEE: tl.constexpr):
-    """exp(scale * (scores - row_max)). float32 subtracts first, so large scores cancel exactly; half takes one fma."""
-    if IEEE:
-        return tl.exp2((scores - row_max) * (scale * _LOG2_E))
-    return tl.exp2(scores * (scale * _LOG2_E) - row_max * (scale * _LOG2_E))
-
-
-@triton.jit
-def _statistic_rows(Nq, N, BLOCK: tl.constexpr):
-    """B * H * Nq, in a kernel that gives every head a program for each BLOCK of N rows."""
-    return (tl.num_programs(0) // tl.cdiv(N, BLOCK)).to(tl.int64) * Nq
-
-
-@triton.jit
-def _save_statistics(ptr, offs, rows, inside, row_max, row_sum, scale, IEEE: tl.constexpr):
-    """What the backward needs to know of a query: its log-sum-exp. float32 keeps the row maximum and, ``rows`` values
-    on, log2 of the sum: their sum would be rounded, and all weights of the row with it."""
-    if IEEE:
-        tl.store(ptr + offs, row_max, mask=inside)
-        tl.store(ptr + rows + offs, tl.log2(row_sum), mask=inside)
-    else:
-        tl.store(ptr + offs, row_max * scale + tl.log2(row_sum) * _LN_2, mask=inside)
-
-
-@triton.jit
-def _load_statistics(ptr, offs, rows, inside, IEEE: tl.constexpr):
-    """(row maximum, log2 of the sum), or (log-sum-exp, 0); of a padded query inf, hence p = 0."""
-    top = tl.load(ptr + offs, mask=inside, other=float("inf"))
-    log = tl.load(ptr + rows + offs, mask=inside, other=0.0) if IEEE else 0.0 * top
-    return top, log
-
-
-@triton.jit
-def _probabilities(scores, top, log, scale, IEEE: tl.constexpr):
-    """The weights of the forward, from what it saved."""
-    if IEEE:
-        return tl.exp2((scores - top) * (scale * _LOG2_E) - log)
-    return tl.exp2(scores * (scale * _LOG2_E) - top * _LOG2_E)
-
-
 @triton.jit(do_not_specialize=_RUNTIME)
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
@@ -271,80 +254,42 @@ def _attention_fwd_kernel(
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     scale, H, Nq, Nk,
     D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """One block of queries against all keys, block by block, with a running row maximum."""
     b, h, pid_m = _split_pid(tl.cdiv(Nq, BLOCK_M), H)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    q = load(_head(q_ptr, b, h, stride_qb, stride_qh, UNIT), offs_m, stride_qn, Nq, D, UNIT, COLS)
+    begin = pid_m * BLOCK_M
+    q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
     k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
     v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
-    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc = zeros(BLOCK_M, COLS)
-    for start_n in range(0, Nk, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
-        v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
-        # the last key block is ragged (N = 197): padded keys must not enter the row maximum
-        scores = tl.where(offs_n[None, :] < Nk, inner(q, k), float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        p = _weights(scores, new_max[:, None], scale, k[0].dtype == tl.float32)
-        shrink = tl.exp2((row_max - new_max) * (scale * _LOG2_E))
-        row_sum = row_sum * shrink + tl.sum(p, 1)
-        acc = outer(p, v, scaled(acc, shrink[:, None]))
-        row_max = new_max
     out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
-    store(out_ptr, offs_m, stride_on, Nq, scaled(acc, 1.0 / row_sum[:, None]), D, UNIT, COLS)
-    statistics, rows = (b * H + h) * Nq + offs_m, _statistic_rows(Nq, Nq, BLOCK_M)
-    _save_statistics(
-        lse_ptr, statistics, rows, offs_m < Nq, row_max, row_sum, scale, q_ptr.dtype.element_ty == tl.float32
-    )
-
-
-@triton.jit
-def _tile_scores(q, k, j, Nk, KEYS: tl.constexpr):
-    """q k^T of key tile ``j``. Only the last tile is ragged: padded keys must not enter the row maximum."""
-    scores = inner(q, k[j])
-    if j == len(KEYS) - 1:
-        scores = tl.where((before(KEYS, j) + tl.arange(0, KEYS[j]))[None, :] < Nk, scores, float("-inf"))
-    return scores
-
-
-@triton.jit
-def _attend_at_once(q, k, v, Nk, scale, BLOCK_M: tl.constexpr, COLS: tl.constexpr, KEYS: tl.constexpr):
-    """(unscaled output, row maximum, row sum) of all keys at once: the maximum is exact and nothing is rescaled."""
-    scores = ()
-    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    for j in tl.static_range(len(KEYS)):
-        tile = _tile_scores(q, k, j, Nk, KEYS)
-        row_max = tl.maximum(row_max, tl.max(tile, 1))
-        scores = scores + (tile,)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    acc = zeros(BLOCK_M, COLS)
-    for j in tl.static_range(len(KEYS)):
-        p = _weights(scores[j], row_max[:, None], scale, False)
-        row_sum += tl.sum(p, 1)
-        acc = outer(p, v[j], acc)
-    return acc, row_max, row_sum
-
-
-@triton.jit
-def _attend_by_tile(q, k, v, Nk, scale, BLOCK_M: tl.constexpr, COLS: tl.constexpr, KEYS: tl.constexpr):
-    """The same with a running maximum: one tile of scores in registers, so more programs share a multiprocessor."""
-    scores = _tile_scores(q, k, 0, Nk, KEYS)
-    row_max = tl.max(scores, 1)
-    p = _weights(scores, row_max[:, None], scale, False)
-    row_sum = tl.sum(p, 1)
-    acc = outer(p, v[0], zeros(BLOCK_M, COLS))
-    for j in tl.static_range(1, len(KEYS)):
-        scores = _tile_scores(q, k, j, Nk, KEYS)
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        p = _weights(scores, new_max[:, None], scale, False)
-        shrink = tl.exp2((row_max - new_max) * (scale * _LOG2_E))
-        row_sum = row_sum * shrink + tl.sum(p, 1)
-        acc = outer(p, v[j], scaled(acc, shrink[:, None]))
-        row_max = new_max
-    return acc, row_max, row_sum
+    if TAIL and Nq - begin <= TAIL:
+        fwd_in_columns(
+            q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, stride_qn, stride_kn, stride_vn, stride_on,
+            scale, begin, (b * H + h) * Nq, Nq, Nk, D, UNIT, COLS, TAIL, BLOCK_M,
+        )  # fmt: skip
+    else:
+        offs_m = begin + tl.arange(0, BLOCK_M)
+        q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+        row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
+        acc = zeros(BLOCK_M, COLS)
+        IEEE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+        for start_n in range(0, Nk, BLOCK_N):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+            v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
+            # the last key block is ragged (N = 197): padded keys must not enter the row maximum
+            scores = tl.where(offs_n[None, :] < Nk, inner(q, k), float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            p = weights(scores, new_max[:, None], scale, IEEE)
+            shrink = tl.exp2((row_max - new_max) * (scale * LOG2_E))
+            row_sum = row_sum * shrink + tl.sum(p, 1)
+            acc = outer(p, v, scaled(acc, shrink[:, None]))
+            row_max = new_max
+        store(out_ptr, offs_m, stride_on, Nq, scaled(acc, 1.0 / row_sum[:, None]), D, UNIT, COLS)
+        statistics, rows = (b * H + h) * Nq + offs_m, statistic_rows(Nq, Nq, BLOCK_M)
+        save_statistics(lse_ptr, statistics, rows, offs_m < Nq, row_max, row_sum, scale, IEEE)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -354,7 +299,7 @@ def _attention_short_fwd_kernel(
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     scale, H, Nq, Nk, blocks,
     D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
-    RUNNING: tl.constexpr,
+    RUNNING: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Several query blocks of one head against all its keys, held in tiles of KEYS rows (197 keys: 128 + 64 + 16)."""
     b, h, pid_m = _split_pid(tl.cdiv(tl.cdiv(Nq, BLOCK_M), blocks), H)
@@ -365,15 +310,24 @@ def _attention_short_fwd_kernel(
     k = load_tiles(k_ptr, stride_kn, Nk, D, UNIT, COLS, KEYS)
     v = load_tiles(v_ptr, stride_vn, Nk, D, UNIT, COLS, KEYS)
     begin = pid_m * blocks * BLOCK_M
-    for start_m in range(begin, tl.minimum(begin + blocks * BLOCK_M, Nq), BLOCK_M):
+    end = tl.minimum(begin + blocks * BLOCK_M, Nq)
+    rest = (end - begin) % BLOCK_M
+    rows_end = end - rest if rest <= TAIL else end
+    for start_m in range(begin, rows_end, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
         if RUNNING:
-            acc, row_max, row_sum = _attend_by_tile(q, k, v, Nk, scale, BLOCK_M, COLS, KEYS)
+            acc, row_max, row_sum = attend_by_tile(q, k, v, Nk, scale, BLOCK_M, COLS, KEYS)
         else:
-            acc, row_max, row_sum = _attend_at_once(q, k, v, Nk, scale, BLOCK_M, COLS, KEYS)
+            acc, row_max, row_sum = attend_at_once(q, k, v, Nk, scale, BLOCK_M, COLS, KEYS)
         store(out_ptr, offs_m, stride_on, Nq, scaled(acc, 1.0 / row_sum[:, None]), D, UNIT, COLS)
-        _save_statistics(lse_ptr, (b * H + h) * Nq + offs_m, 0, offs_m < Nq, row_max, row_sum, scale, False)
+        save_statistics(lse_ptr, (b * H + h) * Nq + offs_m, 0, offs_m < Nq, row_max, row_sum, scale, False)
+    if TAIL and rows_end < end:
+        offs_m = rows_end + tl.arange(0, TAIL)
+        q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+        acc, row_max, row_sum = attend_in_columns(q, k, v, Nk, scale, TAIL, COLS, KEYS)
+        store(out_ptr, offs_m, stride_on, Nq, acc, D, UNIT, COLS)
+        save_statistics(lse_ptr, (b * H + h) * Nq + offs_m, 0, offs_m < Nq, row_max, row_sum, scale, False)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -383,31 +337,43 @@ def _attention_bwd_dq_kernel(
     stride_ob, stride_oh, stride_on, stride_dob, stride_doh, stride_don, stride_dqb, stride_dqh, stride_dqn,
     scale, H, Nq, Nk,
     D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """One block of queries: delta = sum(dout * out), then dQ = scale * dS K with dS = P * (dout V^T - delta)."""
     b, h, pid_m = _split_pid(tl.cdiv(Nq, BLOCK_M), H)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    statistics = (b * H + h) * Nq + offs_m
-    out = load(_head(out_ptr, b, h, stride_ob, stride_oh, UNIT), offs_m, stride_on, Nq, D, UNIT, COLS)
-    dout = load(_head(dout_ptr, b, h, stride_dob, stride_doh, UNIT), offs_m, stride_don, Nq, D, UNIT, COLS)
-    delta = row_sum(out, dout)
-    tl.store(delta_ptr + statistics, delta, mask=offs_m < Nq)
-    q = load(_head(q_ptr, b, h, stride_qb, stride_qh, UNIT), offs_m, stride_qn, Nq, D, UNIT, COLS)
+    begin = pid_m * BLOCK_M
+    q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
     k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
     v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
-    IEEE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-    top, log = _load_statistics(lse_ptr, statistics, _statistic_rows(Nq, Nq, BLOCK_M), offs_m < Nq, IEEE)
-    dq = zeros(BLOCK_M, COLS)
-    for start_n in range(0, Nk, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
-        v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
-        # a padded key scores 0, perhaps far above a very negative lse: its p would overflow
-        scores = tl.where(offs_n[None, :] < Nk, inner(q, k), float("-inf"))
-        p = _probabilities(scores, top[:, None], log[:, None], scale, IEEE)
-        dq = outer(p * (inner(dout, v) - delta[:, None]), k, dq)
+    out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
+    dout_ptr = _head(dout_ptr, b, h, stride_dob, stride_doh, UNIT)
     dq_ptr = _head(dq_ptr, b, h, stride_dqb, stride_dqh, UNIT)
-    store(dq_ptr, offs_m, stride_dqn, Nq, scaled(dq, scale), D, UNIT, COLS)
+    if TAIL and Nq - begin <= TAIL:
+        dq_in_columns(
+            q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, dq_ptr, lse_ptr, delta_ptr,
+            stride_qn, stride_kn, stride_vn, stride_on, stride_don, stride_dqn,
+            scale, begin, (b * H + h) * Nq, Nq, Nk, D, UNIT, COLS, TAIL, BLOCK_M,
+        )  # fmt: skip
+    else:
+        offs_m = begin + tl.arange(0, BLOCK_M)
+        statistics = (b * H + h) * Nq + offs_m
+        out = load(out_ptr, offs_m, stride_on, Nq, D, UNIT, COLS)
+        dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
+        delta = row_sum(out, dout)
+        tl.store(delta_ptr + statistics, delta, mask=offs_m < Nq)
+        q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+        IEEE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+        top, log = load_statistics(lse_ptr, statistics, statistic_rows(Nq, Nq, BLOCK_M), offs_m < Nq, IEEE)
+        dq = zeros(BLOCK_M, COLS)
+        for start_n in range(0, Nk, BLOCK_N):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+            v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
+            # a padded key scores 0, perhaps far above a very negative lse: its p would overflow
+            scores = tl.where(offs_n[None, :] < Nk, inner(q, k), float("-inf"))
+            p = probabilities(scores, top[:, None], log[:, None], scale, IEEE)
+            dq = outer(p * (inner(dout, v) - delta[:, None]), k, dq)
+        store(dq_ptr, offs_m, stride_dqn, Nq, scaled(dq, scale), D, UNIT, COLS)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -417,32 +383,43 @@ def _attention_bwd_dkv_kernel(
     stride_dob, stride_doh, stride_don, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     scale, H, Nq, Nk,
     D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: dV = P^T dout, dK = scale * dS^T Q. Scores are (keys, queries): P^T needs no turning."""
     b, h, pid_n = _split_pid(tl.cdiv(Nk, BLOCK_N), H)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = load(_head(k_ptr, b, h, stride_kb, stride_kh, UNIT), offs_n, stride_kn, Nk, D, UNIT, COLS)
-    v = load(_head(v_ptr, b, h, stride_vb, stride_vh, UNIT), offs_n, stride_vn, Nk, D, UNIT, COLS)
+    begin = pid_n * BLOCK_N
     q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
+    k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
+    v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
     dout_ptr = _head(dout_ptr, b, h, stride_dob, stride_doh, UNIT)
-    dk = zeros(BLOCK_N, COLS)
-    dv = zeros(BLOCK_N, COLS)
-    IEEE: tl.constexpr = k[0].dtype == tl.float32
-    rows = _statistic_rows(Nq, Nk, BLOCK_N)
-    for start_m in range(0, Nq, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
-        dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
-        statistics = (b * H + h) * Nq + offs_m
-        top, log = _load_statistics(lse_ptr, statistics, rows, offs_m < Nq, IEEE)
-        delta = tl.load(delta_ptr + statistics, mask=offs_m < Nq, other=0.0)
-        p = _probabilities(inner(k, q), top[None, :], log[None, :], scale, IEEE)
-        dv = outer(p, dout, dv)
-        dk = outer(p * (inner(v, dout) - delta[None, :]), q, dk)
     dk_ptr = _head(dk_ptr, b, h, stride_dkb, stride_dkh, UNIT)
-    store(dk_ptr, offs_n, stride_dkn, Nk, scaled(dk, scale), D, UNIT, COLS)
     dv_ptr = _head(dv_ptr, b, h, stride_dvb, stride_dvh, UNIT)
-    store(dv_ptr, offs_n, stride_dvn, Nk, dv, D, UNIT, COLS)
+    if TAIL and Nk - begin <= TAIL:
+        dkv_in_columns(
+            q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
+            stride_qn, stride_kn, stride_vn, stride_don, stride_dkn, stride_dvn,
+            scale, begin, (b * H + h) * Nq, Nq, Nk, D, UNIT, COLS, TAIL, BLOCK_N,
+        )  # fmt: skip
+    else:
+        offs_n = begin + tl.arange(0, BLOCK_N)
+        k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+        v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
+        dk = zeros(BLOCK_N, COLS)
+        dv = zeros(BLOCK_N, COLS)
+        IEEE: tl.constexpr = k[0].dtype == tl.float32
+        rows = statistic_rows(Nq, Nk, BLOCK_N)
+        for start_m in range(0, Nq, BLOCK_M):
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+            dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
+            statistics = (b * H + h) * Nq + offs_m
+            top, log = load_statistics(lse_ptr, statistics, rows, offs_m < Nq, IEEE)
+            delta = tl.load(delta_ptr + statistics, mask=offs_m < Nq, other=0.0)
+            p = probabilities(inner(k, q), top[None, :], log[None, :], scale, IEEE)
+            dv = outer(p, dout, dv)
+            dk = outer(p * (inner(v, dout) - delta[None, :]), q, dk)
+        store(dk_ptr, offs_n, stride_dkn, Nk, scaled(dk, scale), D, UNIT, COLS)
+        store(dv_ptr, offs_n, stride_dvn, Nk, dv, D, UNIT, COLS)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -473,7 +450,7 @@ def _attention_short_bwd_kernel(
         out = load(out_ptr, offs_m, stride_on, Nq, D, UNIT, COLS)
         dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
         delta = row_sum(out, dout)
-        top, log = _load_statistics(lse_ptr, (b * H + h) * Nq + offs_m, 0, offs_m < Nq, False)
+        top, log = load_statistics(lse_ptr, (b * H + h) * Nq + offs_m, 0, offs_m < Nq, False)
         new_dk = ()
         new_dv = ()
         dq_t = zeros_t(COLS, BLOCK_M)
@@ -481,7 +458,7 @@ def _attention_short_bwd_kernel(
             scores = inner(k[j], q)
             if j == len(KEYS) - 1:  # a padded key scores 0, perhaps far above a very negative lse: its p would overflow
                 scores = tl.where((before(KEYS, j) + tl.arange(0, KEYS[j]))[:, None] < Nk, scores, float("-inf"))
-            p = _probabilities(scores, top[None, :], log[None, :], scale, False)
+            p = probabilities(scores, top[None, :], log[None, :], scale, False)
             new_dv = new_dv + (outer(p, dout, dv[j]),)
             ds = cast(p * (inner(v[j], dout) - delta[None, :]), q[0].dtype)
             new_dk = new_dk + (outer(ds, q, dk[j]),)

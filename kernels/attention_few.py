@@ -20,19 +20,9 @@ from torch import Tensor
 from ._configs import AotCase, few_settings
 from ._launch import Launch
 from ._math import cast
+from ._softmax import load_statistics, probabilities, save_statistics, weights
 from ._tiles import before, load, scaled, store
-from .attention import (
-    _RUNTIME,
-    _check,
-    _head,
-    _launch,
-    _load_statistics,
-    _probabilities,
-    _rows,
-    _save_statistics,
-    _weights,
-    new_statistics,
-)
+from .attention import _RUNTIME, _check, _head, _launch, _rows, new_statistics
 
 MOST_QUERIES = 4
 
@@ -201,8 +191,8 @@ def _attention_few_fwd_kernel(
         for m in tl.static_range(QUERIES):
             scores = tl.where(offs_n < Nk, _dot_row(k, q[m]), float("-inf"))
             top = tl.maximum(tops[m], tl.max(scores, 0))
-            p = _weights(scores, top, scale, True)
-            shrink = _weights(tops[m], top, scale, True)
+            p = weights(scores, top, scale, True)
+            shrink = weights(tops[m], top, scale, True)
             new_tops = new_tops + (top,)
             new_sums = new_sums + (sums[m] * shrink + tl.sum(p, 0),)
             new_accs = new_accs + (_add_rows(p, v, scaled(accs[m], shrink)),)
@@ -214,7 +204,7 @@ def _attention_few_fwd_kernel(
     rows = tl.num_programs(0).to(tl.int64) * Nq
     for m in tl.static_range(QUERIES):
         _store_row(out_ptr + m * stride_on * UNIT, scaled(accs[m], 1.0 / sums[m]), m < Nq, D, COLS)
-        _save_statistics(lse_ptr, m, rows, m < Nq, tops[m], sums[m], scale, q_ptr.dtype.element_ty == tl.float32)
+        save_statistics(lse_ptr, m, rows, m < Nq, tops[m], sums[m], scale, q_ptr.dtype.element_ty == tl.float32)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -259,9 +249,9 @@ def _attention_few_bwd_kernel(
         new_mean = ()
         for m in tl.static_range(QUERIES):
             # a padded key has a score of -inf: p = 0
-            top, log = _load_statistics(lse_ptr, m, rows, m < Nq, IEEE)
+            top, log = load_statistics(lse_ptr, m, rows, m < Nq, IEEE)
             scores = tl.where(offs_n < Nk, _dot_row(k, q[m]), float("-inf"))
-            p = _probabilities(scores, top, log, scale, IEEE)
+            p = probabilities(scores, top, log, scale, IEEE)
             delta = tl.sum(out[m][0] * dout[m][0], 0)
             for i in tl.static_range(1, len(COLS)):
                 delta += tl.sum(out[m][i] * dout[m][i], 0)

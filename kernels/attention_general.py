@@ -25,10 +25,10 @@ from torch import Tensor
 from ._configs import AotCase, AttentionSettings, Limits, attention_settings, pair_cols
 from ._launch import Launch, limits, unit_strides
 from ._qk import Preparation, load_prepared, raw_gradient, store_heads, widths
+from ._softmax import LOG2_E
 from ._tiles import inner, load, outer, row_sum, scaled, store, zeros
 from .attention import _check, _head, _rows
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
 # one binary serves every batch, length, stride and probability
 _RUNTIME = ["scale", "threshold", "keep_scale", "H", "Nq", "Nk", "tiles", "stride_sb", "stride_sh"]
 _RUNTIME += [f"stride_{tensor}{axis}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv") for axis in "bhn"]
@@ -342,8 +342,8 @@ def _general_fwd_kernel(
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         # a row without a key so far: -inf - -inf would be NaN
         top = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2((scores - top[:, None]) * _LOG2_E)
-        shrink = tl.exp2((row_max - top) * _LOG2_E)
+        p = tl.exp2((scores - top[:, None]) * LOG2_E)
+        shrink = tl.exp2((row_max - top) * LOG2_E)
         row_sum = row_sum * shrink + tl.sum(p, 1)
         if seed_ptr is not None:
             p = tl.where(_kept(seed_ptr, threshold, b * H + h, m, n), p, 0.0)
@@ -408,7 +408,7 @@ def _general_bwd_dq_kernel(
         v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
         m, n = offs_m[:, None], offs_n[None, :]
         scores = _scores(inner(q, k), scale, mask_ptr, stride_mm, stride_mn, m, n, Nq, Nk, CAUSAL, ONE_ROW)
-        p = tl.exp2((scores - top[:, None]) * _LOG2_E - log[:, None])
+        p = tl.exp2((scores - top[:, None]) * LOG2_E - log[:, None])
         dp = inner(dout, v)
         if seed_ptr is not None:
             kept = _kept(seed_ptr, threshold, b * H + h, m, n)
@@ -473,7 +473,7 @@ def _general_bwd_dkv_kernel(
         delta = tl.load(delta_ptr + statistics + offs_m, mask=offs_m < Nq, other=0.0)
         m, n = offs_m[None, :], offs_n[:, None]
         scores = _scores(inner(k, q), scale, mask_ptr, stride_mm, stride_mn, m, n, Nq, Nk, CAUSAL, ONE_ROW)
-        p = tl.exp2((scores - top[None, :]) * _LOG2_E - log[None, :])
+        p = tl.exp2((scores - top[None, :]) * LOG2_E - log[None, :])
         dp = inner(v, dout)
         if seed_ptr is not None:
             kept = _kept(seed_ptr, threshold, b * H + h, m, n)

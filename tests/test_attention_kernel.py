@@ -4,10 +4,12 @@ The interpreter takes about a second a call, so the grid is a cross and not a pr
 appears, each pair of them does not. One or two heads are enough, as programs never share data.
 """
 
+import importlib.util
 import math
 import os
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="needs CUDA or TRITON_INTERPRET=1"
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
@@ -120,6 +123,31 @@ def test_head_dims(dim, dtype):
 @pytest.mark.parametrize(("queries", "keys"), [(1, 197), (70, 33), (33, 300)], ids=str)
 def test_cross_lengths(queries, keys, dtype):
     assert_parity(*separate(1, 2, queries, keys, 64, dtype))
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "dim", "dtype"),
+    [(80, 80, 64, BF16), (81, 81, 64, BF16), (144, 16, 48, FP16), (5, 261, 64, BF16), (261, 5, 64, FP16),
+     (257, 257, 80, BF16), (272, 272, 64, BF16), (129, 145, 104, BF16), (66, 66, 32, BF16)],
+    ids=str,
+)  # fmt: skip
+def test_the_last_rows_of_a_head_in_columns(queries, keys, dim, dtype):
+    """Up to 16 rows, of queries or keys, beyond whole blocks of 64 or 128."""
+    assert_parity(*separate(1, 1, queries, keys, dim, dtype))
+
+
+def test_columns_say_what_rows_say(monkeypatch):
+    q, k, v = separate(1, 2, 261, 197, 64, BF16)
+    dout = torch.randn(q.shape).to(q)
+    turned, turned_lse = run(q, k, v, dout, 0.125)
+    as_rows = lambda *args, **kwargs: replace(attention_settings(*args, **kwargs), tail=0)  # noqa: E731
+    monkeypatch.setattr(kernels, "attention_settings", as_rows)
+    rows, rows_lse = run(q, k, v, dout, 0.125)
+    assert torch.equal(turned["out"][:, :, :256], rows["out"][:, :, :256])
+    assert torch.equal(turned["dq"][:, :, :256], rows["dq"][:, :, :256])
+    torch.testing.assert_close(turned_lse, rows_lse, rtol=1e-6, atol=1e-6)
+    for name, value in turned.items():
+        torch.testing.assert_close(value, rows[name], rtol=2**-7, atol=2**-7)
 
 
 def test_wide_heads_over_several_key_blocks():
@@ -308,3 +336,12 @@ def test_power_of_two_parts():
     assert power_of_two_parts(240, 16, 3) == (256,)
     assert power_of_two_parts(80, 16, 2) == (64, 16)
     assert power_of_two_parts(120, 16, 2) == (128,)
+
+
+def test_calibration_of_the_traffic_moves_every_value():
+    spec = importlib.util.spec_from_file_location("attention_traffic", ROOT / "benchmarks" / "attention_traffic.py")
+    traffic = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(traffic)
+    for name, (q, k, v, out, *heads) in traffic.forms(2, 4, 21, 32, torch.device(DEVICE), BF16).items():
+        traffic.traffic(q, k, v, out.fill_(float("nan")), *heads)
+        torch.testing.assert_close(out.float(), q.float() + k.float() + v.float(), rtol=2**-7, atol=0.0, msg=name)

@@ -19,14 +19,18 @@ bool has_avx2() { return false; }
 const Kernels* choose() {
   const char* asked = std::getenv("FASTVIT_CPU_ISA");
   if (!asked || !*asked) {
-    return has_avx512() ? avx512::table() : has_avx2() ? avx2::table() : baseline::table();
+    const Kernels* table = has_avx512() ? avx512::table() : has_avx2() ? avx2::table() : baseline::table();
+    TORCH_CHECK(table, "this build of fastvit has no kernels for this machine: it was made on another one");
+    return table;
   }
   const std::string_view name = asked;
   TORCH_CHECK_VALUE(name == "avx512" || name == "avx2" || name == "baseline", "FASTVIT_CPU_ISA is ", name,
                     ", expected avx512, avx2 or baseline");
   TORCH_CHECK_VALUE(name == "baseline" || (name == "avx2" ? has_avx2() : has_avx512()), "FASTVIT_CPU_ISA is ", name,
                     ", which this machine does not have");
-  return name == "avx512" ? avx512::table() : name == "avx2" ? avx2::table() : baseline::table();
+  const Kernels* table = name == "avx512" ? avx512::table() : name == "avx2" ? avx2::table() : baseline::table();
+  TORCH_CHECK_VALUE(table, "FASTVIT_CPU_ISA is ", name, ", which this build does not have");
+  return table;
 }
 
 }  // namespace

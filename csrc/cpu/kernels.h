@@ -54,11 +54,13 @@ struct Kernels {
   decltype(&cpu::gather_patch) gather_patch;
 };
 
-// The best set this machine has, or the one that FASTVIT_CPU_ISA names: avx512, avx2 or baseline.
+// The best set this machine has, or the one that FASTVIT_CPU_ISA names: avx512, avx2 or baseline. A sanitized build has
+// one set alone; its setup.py names the others in FASTVIT_WITHOUT_... macros.
 const Kernels& kernels();
 
+// Each null where this build has none
 namespace avx512 {
-const Kernels* table();  // null where this build has none
+const Kernels* table();
 }
 namespace avx2 {
 const Kernels* table();

@@ -1,6 +1,6 @@
 #include "../kernels.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__) && !defined(FASTVIT_WITHOUT_AVX512)
 #define FASTVIT_ISA avx512
 #define FASTVIT_REGISTER_BYTES 64
 #define FASTVIT_HAS_DOT_PAIRS 1
