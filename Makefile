@@ -6,7 +6,7 @@ VENV ?= .venv
 PYTHON := $(shell OFFLINE=$(OFFLINE) .ci/python $(VENV))
 IN_VENV := $(filter $(VENV)/%,$(PYTHON))
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
-# Where pytest-xdist is: tests side by side, each process with one thread
+# Where pytest-xdist is, tests run side by side
 SIDE_BY_SIDE = $(if $(shell $(PYTHON) -c "import xdist; print(1)" 2>/dev/null),-n $(MAX_JOBS))
 MAX_JOBS ?= $(shell nproc)
 export MAX_JOBS
@@ -65,7 +65,7 @@ types: $(READY)
 	@.ci/have $(PYTHON) mypy types || exit 0; $(PYTHON) -m mypy
 
 unit: setup
-	@.ci/have $(PYTHON) pytest unit || exit 0; $(PYTEST) tests
+	@.ci/have $(PYTHON) pytest unit || exit 0; $(PYTEST) $(SIDE_BY_SIDE) tests
 
 # Triton's interpreter is chosen when a kernel is defined: a process of its own
 interpreter: setup
