@@ -106,6 +106,7 @@ results: $(READY)
 
 results-check: $(READY)
 	@$(PYTHON) benchmarks/results_check.py
+	@$(PYTHON) benchmarks/results.py --check
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks fastvit/*.so

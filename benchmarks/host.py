@@ -1,6 +1,6 @@
 """Microseconds that the host spends on a block, beside eager PyTorch's: what batch 1 without a graph is bound by.
 
-python benchmarks/host.py [--profile NAME] [--json]
+python benchmarks/host.py [--profile NAME] [--json FILE]
 
 Needs no GPU: tensors are tiny and lie on the CPU. ``eager`` and ``cpp`` run for real, on one thread. ``cuda`` is the
 way a call takes on a Hopper GPU, down to what leaves Python: the ops of csrc/cuda and Triton's launcher are functions
@@ -17,6 +17,7 @@ import pstats
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -28,6 +29,7 @@ from fastvit import ops, use_backend
 from fastvit.dispatch import OPS
 from fastvit.layers import Block
 from fastvit.ops import _contract, _cuda, _sm90
+from fastvit.parity import machine
 
 WIDTH, HEADS, TOKENS = 64, 1, 5
 ROUNDS, CALLS = 200, 10
@@ -179,14 +181,15 @@ def profile(name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", metavar="NAME", help="an op, or block: where its time goes")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.profile:
         return profile(arguments.profile)
     found = rows()
     if arguments.json:
-        return print(json.dumps(found, indent=1))
+        result = {"machine": machine("cpu"), "kind": "host", "unit": "us", "rows": found}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{'us':<20}{'mode':<8}{'eager':>8}{'cpp':>8}{'cuda':>8}")
     for row in found:
         numbers = "".join(f"{row[name]:8.1f}" if name in row else f"{'-':>8}" for name in ("eager", "cpp", "cuda"))

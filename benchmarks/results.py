@@ -1,4 +1,7 @@
-"""Write README's tables from the result files of each device:  python benchmarks/results.py [--print]"""
+"""Write the tables of every device's result files:  python benchmarks/results.py [--check]
+
+README.md gets whole models (single ops where a device has no more), benchmarks/results/README.md gets every row.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from fastvit.bench.timing import ratio_by_round
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+EVERY_ROW = RESULTS / "README.md"
 BEGIN, END = "<!-- results:begin (make results) -->", "<!-- results:end -->"
 VERSIONS = ("device", "driver", "torch", "triton", "python")
 HEAD = ("", "mode", "dtype", "batch", "eager ms", "best peer", "fastvit ms", "vs eager", "vs peer", "memory", "error")
@@ -24,7 +28,7 @@ def results() -> Iterator[dict[str, Any]]:
     """The files of each device with its newest one's versions, as one; a case timed again counts as timed last."""
     for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
         files = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-        files = [result for result in files if result.get("kind") != "accuracy"]  # no timings
+        files = [result for result in files if "kind" not in result]  # of timings
         if not files:
             continue
         files.sort(key=lambda result: result["machine"]["date"], reverse=True)
@@ -53,6 +57,12 @@ def _order(key: tuple) -> tuple:
     """Models after ops, float32 first."""
     op, model, mode, dtype, batch = key
     return bool(model), dtype != "float32", mode == "train", op, model, mode, dtype, batch
+
+
+def headlines(result: dict[str, Any]) -> dict[str, Any]:
+    """The same device with its whole models alone, if it has any."""
+    models = [case for case in result["cases"] if "model" in case["fastvit"]]
+    return result | {"cases": models or result["cases"]}
 
 
 def section(result: dict[str, Any]) -> list[str]:
@@ -113,23 +123,45 @@ def share(ours: dict[str, Any], eager: dict[str, Any] | None, key: str) -> str:
     return f"{ours[key] / eager[key]:.2f}x" if eager and ours[key] and eager[key] else "-"
 
 
-def main() -> int:
-    gpus_first = sorted(results(), key=lambda result: "capability" not in result["machine"])
-    text = [line for result in gpus_first for line in section(result)]
-    if text:
-        text.append(
-            "Times are medians; ratios are medians of ratios taken within interleaved rounds; memory and error are"
-        )
-        text.append("fastvit's over eager's, the error against float64. Every raw sample is in `benchmarks/results`.")
-    if "--print" in sys.argv:
-        print("\n".join(text))
-        return 0
+MEANING = """\
+Times are medians; ratios are medians of ratios taken within interleaved rounds; memory and error are
+fastvit's over eager's, the error against float64."""
+
+
+def every_row(devices: list[dict[str, Any]]) -> str:
+    head = [
+        "# Every row",
+        "",
+        "Written by `make results`.",
+        MEANING,
+        "Raw samples are in the files beside this one.",
+        "",
+    ]
+    return "\n".join(head + [line for result in devices for line in section(result)])
+
+
+def readme(devices: list[dict[str, Any]]) -> str | None:
+    """README.md with the tables as they should be; None where it has no place for them."""
+    text = [line for result in devices for line in section(headlines(result))]
+    text += [MEANING, "Single ops: [benchmarks/results](benchmarks/results/README.md), with every raw sample."]
     before, _, rest = README.read_text().partition(BEGIN)
     _, found, after = rest.partition(END)
-    if not found:
+    return before + "\n".join([BEGIN, *text, END]) + after if found else None
+
+
+def main() -> int:
+    devices = sorted(results(), key=lambda result: "capability" not in result["machine"])  # GPUs first
+    texts = {README: readme(devices), EVERY_ROW: every_row(devices)}
+    if texts[README] is None:
         print(f"results: README.md has no {BEGIN} ... {END}", file=sys.stderr)
         return 1
-    README.write_text(before + "\n".join([BEGIN, *text, END]) + after)
+    stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"results: {path.relative_to(ROOT)} does not say what the files say: run make results")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(texts[path] or "")
     return 0
 
 

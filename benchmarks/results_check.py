@@ -32,11 +32,15 @@ def check(result: Any) -> Iterator[str]:
     if not isinstance(result.get("rows"), list) or not result["rows"]:
         yield "there are no rows"
         return
-    accuracy = result.get("kind") == "accuracy"
+    kind = result.get("kind", "timings")
+    checks = {"timings": check_row, "accuracy": check_accuracy_row, "host": check_host_row}
+    if kind not in checks:
+        yield f"kind is {kind!r}, expected one of {', '.join(checks)}"
+        return
     for index, row in enumerate(result["rows"]):
-        for problem in check_accuracy_row(row) if accuracy else check_row(row):
+        for problem in checks[kind](row):
             yield f"row {index}: {problem}"
-    if accuracy and result.get("passed") is not all(row.get("passed") for row in result["rows"]):
+    if kind == "accuracy" and result.get("passed") is not all(row.get("passed") for row in result["rows"]):
         yield f"passed is {result.get('passed')!r}, its rows say otherwise"
     stock = {_case(row) for row in result["rows"] if row.get("provider") == "eager"}
     for row in result["rows"]:
@@ -53,6 +57,15 @@ def check_accuracy_row(row: dict[str, Any]) -> Iterator[str]:
     for key in ERRORS:
         if not (isinstance(row[key], (int, float)) and math.isfinite(row[key])):
             yield f"{key} is {row[key]!r}, expected a finite number"
+
+
+def check_host_row(row: dict[str, Any]) -> Iterator[str]:
+    """A row of benchmarks/host.py: microseconds by the way a call takes."""
+    times = [row.get(key) for key in ("eager", "cpp")] + [row[key] for key in ("cuda",) if key in row]
+    if not (row.get("op") and row.get("mode")):
+        yield "no op or no mode"
+    if not all(isinstance(time, (int, float)) and 0 < time < math.inf for time in times):
+        yield f"times are {times}, expected positive numbers"
 
 
 def check_row(row: dict[str, Any]) -> Iterator[str]:

@@ -225,6 +225,12 @@ def test_a_broken_result_file_is_caught():
     assert any("no tensor" in p for p in check(table | {"rows": [{k: v for k, v in row.items() if k != "tensor"}]}))
     assert any("say otherwise" in p for p in check(table | {"rows": [row | {"passed": False}]}))
 
+    row = {"op": "block", "mode": "infer", "eager": 98.0, "cpp": 85.5}
+    table = {"machine": machine, "kind": "host", "rows": [row]}
+    assert not list(check(table))
+    assert any("positive" in problem for problem in check(table | {"rows": [row | {"cuda": 0.0}]}))
+    assert any("kind is 'speed'" in problem for problem in check(table | {"kind": "speed"}))
+
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark")
 def test_peak_memory_sees_a_large_temporary():

@@ -130,7 +130,7 @@ def _plot(path: Path, result: dict[str, Any]) -> None:
         mine = [row for row in rows if row["provider"] == provider]
         places = [subjects.index(_subject(row)) + 0.8 * index / len(providers) for row in mine]
         bars = axes.barh(places, [row["p50_ms"] for row in mine], height=0.75 / len(providers), label=provider)
-        axes.bar_label(bars, fmt=" %.3g", fontsize=8)
+        axes.bar_label(bars, [f" {_number(row['p50_ms'])}" for row in mine], fontsize=8)
     axes.set_yticks([i + 0.4 * (len(providers) - 1) / len(providers) for i in range(len(subjects))], subjects)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
