@@ -2,7 +2,8 @@
 
 Two forms of each pass. The short form (half precision, few keys: ViT at 224 pixels) gives a program a whole head and
 keeps its keys on the chip: the row maximum is exact, nothing is rescaled, and the backward computes every score once
-for dQ, dK and dV. The streaming form walks over blocks of keys and takes any length and dtype.
+for dQ, dK and dV. The streaming form walks over blocks of keys and takes any length and dtype. On Hopper, the few rows
+that a head has beyond whole blocks are turned into columns (_columns.py).
 
 Meaning: fastvit.reference.attention. Source of the ideas: "FlashAttention-2" (Dao, 2023).
 """
@@ -172,11 +173,13 @@ def _launch(
     rows: tuple[Tensor, ...],
     statistics: tuple[Tensor, ...],
     scalars: tuple[float, ...],
-    **form: int,
+    **form: bool,
 ) -> Launch:
     """``rows`` are (B, H, N, D) tensors; ``form`` holds a kernel's switches."""
     unit, strides = unit_strides(rows)
     constexprs = {"D": rows[0].shape[-1], "UNIT": unit, **form}
+    if "TAIL" in kernel.arg_names:
+        constexprs["TAIL"] = settings.tail
     return Launch.of(kernel, (programs,), (*rows, *statistics, *strides, *scalars), constexprs, settings)
 
 
@@ -186,13 +189,12 @@ def _fwd_launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale
     tiles = triton.cdiv(nq, settings.block_m)
     scalars: tuple[float, ...] = (scale, heads, nq, k.shape[2])
     if not settings.short:
-        programs, rows = tiles * batch * heads, (q, k, v, out)
-        return _launch(_attention_fwd_kernel, settings, programs, rows, (lse,), scalars, TAIL=settings.tail)
+        return _launch(_attention_fwd_kernel, settings, tiles * batch * heads, (q, k, v, out), (lse,), scalars)
     # one program takes several query blocks of its head, as many as leave the device full
     blocks = max(1, min(tiles, tiles * batch * heads // (4 * device.processors)))
     programs = triton.cdiv(tiles, blocks) * batch * heads
     scalars = (*scalars, blocks)
-    form = {"RUNNING": settings.running, "TAIL": settings.tail}
+    form = {"RUNNING": settings.running}
     return _launch(_attention_short_fwd_kernel, settings, programs, (q, k, v, out), (lse,), scalars, **form)
 
 
@@ -213,24 +215,8 @@ def _bwd_launches(
     dq_programs = triton.cdiv(nq, dq_settings.block_m) * batch * heads
     dkv_programs = triton.cdiv(nk, settings.block_n) * batch * heads
     return [
-        _launch(
-            _attention_bwd_dq_kernel,
-            dq_settings,
-            dq_programs,
-            (q, k, v, out, dout, dq),
-            (lse, delta),
-            scalars,
-            TAIL=dq_settings.tail,
-        ),
-        _launch(
-            _attention_bwd_dkv_kernel,
-            settings,
-            dkv_programs,
-            (q, k, v, dout, dk, dv),
-            (lse, delta),
-            scalars,
-            TAIL=settings.tail,
-        ),
+        _launch(_attention_bwd_dq_kernel, dq_settings, dq_programs, (q, k, v, out, dout, dq), (lse, delta), scalars),
+        _launch(_attention_bwd_dkv_kernel, settings, dkv_programs, (q, k, v, dout, dk, dv), (lse, delta), scalars),
     ]
 
 
