@@ -112,7 +112,7 @@ class Replay:
         x, y, z = (*launch.grid, 1, 1)[:3]
         return cls(compiled, (x, y, z), names, (*launch.arguments[len(names) :], *constexprs))
 
-    def __call__(self, stream: int, pointers: dict[str, int]) -> None:
+    def __call__(self, stream: int, pointers: dict[str, int | None]) -> None:
         compiled = self.compiled
         given = [pointers[name] for name in self.names]
         compiled.run(
@@ -120,12 +120,19 @@ class Replay:
         )
 
 
-def facts(tensors: Iterable[Tensor]) -> tuple:
+def facts(tensors: Iterable[Tensor | None]) -> tuple:
     """All that a launch depends on in its tensors, but for their addresses."""
-    return tuple((t.dtype, t.device, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors)
+    return tuple(t if t is None else (t.dtype, t.device, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors)
 
 
-def run(key: tuple, device: torch.device, pointers: dict[str, int], build: Callable[[], list[Launch]]) -> None:
+def run_on(tensors: dict[str, Tensor | None], key: tuple, build: Callable[[], list[Launch]]) -> None:
+    """``run`` with the tensor ``x`` for a kernel's ``x_ptr``, the first of them on the device; ``key`` is all else."""
+    device = next(t.device for t in tensors.values() if t is not None)
+    pointers = {name: t if t is None else t.data_ptr() for name, t in tensors.items()}
+    run((*key, facts(tensors.values())), device, pointers, build)
+
+
+def run(key: tuple, device: torch.device, pointers: dict[str, int | None], build: Callable[[], list[Launch]]) -> None:
     """Run the launches that ``build`` describes; from the second time on without building them.
 
     key       all that they depend on but addresses: ``facts`` of the tensors, and numbers

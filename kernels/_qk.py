@@ -10,8 +10,7 @@ Meaning: fastvit.reference.prepare_heads.
 # ruff: noqa: RUF005 - Triton knows no (*parts, part)
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
@@ -52,16 +51,20 @@ class Preparation:
             return ""
         return str(HALF.value if self.half else INTERLEAVED.value)
 
-    def arguments(self, batch: int, heads: int) -> tuple[Any, ...]:
-        """The kernels' arguments of q_weight to num_prefix; the table's strides count in rows."""
-        table, strides = self.rope, (0, 0)
-        if table is not None:
-            table = table.float().contiguous()
-            rows, width = table.shape[-2:]
-            strides = tuple(stride // width for stride in table.expand(batch, heads, rows, width).stride()[:2])
-        weights = (self.q_weight, self.q_bias, self.k_weight, self.k_bias)
-        weights = (None if weight is None else weight.contiguous() for weight in weights)
-        return *weights, table, *strides, self.q_eps, self.k_eps, self.num_prefix
+    def readable(self) -> Preparation:
+        """The same with its tensors as the kernels read them."""
+        names = ("q_weight", "q_bias", "k_weight", "k_bias")
+        found = {name: None if (t := getattr(self, name)) is None else t.contiguous() for name in names}
+        rope = None if self.rope is None else self.rope.float().contiguous()
+        return replace(self, rope=rope, **found)
+
+    def numbers(self, batch: int, heads: int) -> tuple[float, ...]:
+        """The kernels' arguments of stride_rb to num_prefix; the table's strides count in rows."""
+        strides: tuple[int, ...] = (0, 0)
+        if self.rope is not None:
+            rows, width = self.rope.shape[-2:]
+            strides = tuple(stride // width for stride in self.rope.expand(batch, heads, rows, width).stride()[:2])
+        return *strides, self.q_eps, self.k_eps, self.num_prefix
 
 
 @triton.constexpr_function

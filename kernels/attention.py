@@ -23,7 +23,7 @@ from torch import Tensor
 from ._attend import attend_at_once, attend_by_tile, attend_in_columns
 from ._columns import dkv_in_columns, dq_in_columns, fwd_in_columns
 from ._configs import AotCase, AttentionSettings, Limits, attention_settings
-from ._launch import Launch, facts, limits, run, unit_strides
+from ._launch import Launch, facts, limits, run, run_on, unit_strides
 from ._math import cast
 from ._softmax import LOG2_E, load_statistics, probabilities, save_statistics, statistic_rows, weights
 from ._tiles import before, inner, load, load_tiles, outer, outer_t, row_sum, scaled, store, zeros, zeros_t
@@ -49,10 +49,8 @@ def attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor
     out = q.new_empty(batch, nq, heads, dim).transpose(1, 2)
     lse = new_statistics(q, q.shape[:3])
     if q.numel():
-        tensors = (q, k, v, out, lse)
-        pointers = dict(zip(("q", "k", "v", "out", "lse"), (t.data_ptr() for t in tensors), strict=True))
-        key = ("attention_fwd", scale, facts(tensors))
-        run(key, q.device, pointers, lambda: [_fwd_launch(*tensors, scale, limits(q.device))])
+        tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
+        run_on(tensors, ("attention_fwd", scale), lambda: [_fwd_launch(*tensors.values(), scale, limits(q.device))])
     return out, lse
 
 
@@ -109,11 +107,10 @@ def attention_bwd(
     dout, q, k, v, out = (_rows(t) for t in (dout, q, k, v, out))
     if q.numel():
         delta = lse.new_empty(q.shape[:3])
-        names = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv", "delta")
-        tensors = (dout, q, k, v, out, lse, dq, dk, dv, delta)
-        pointers = dict(zip(names, (t.data_ptr() for t in tensors), strict=True))
+        tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse}
+        tensors |= {"dq": dq, "dk": dk, "dv": dv, "delta": delta}
         arguments = (dout, q, k, v, out, lse, scale, dq, dk, dv, limits(q.device), delta)
-        run(("attention_bwd", scale, facts(tensors)), q.device, pointers, lambda: _bwd_launches(*arguments))
+        run_on(tensors, ("attention_bwd", scale), lambda: _bwd_launches(*arguments))
 
 
 def aot_cases(arch: int = 90) -> list[AotCase]:

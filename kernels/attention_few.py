@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configs import AotCase, few_settings
-from ._launch import Launch
+from ._launch import Launch, run_on
 from ._math import cast
 from ._softmax import load_statistics, probabilities, save_statistics, weights
 from ._tiles import before, load, scaled, store
@@ -35,7 +35,8 @@ def attention_few_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
     out = q.new_empty(batch, nq, heads, dim).transpose(1, 2)
     lse = new_statistics(q, q.shape[:3])
     if q.numel():
-        _fwd_launch(q, k, v, out, lse, scale).run()
+        tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
+        run_on(tensors, ("attention_few_fwd", scale), lambda: [_fwd_launch(*tensors.values(), scale)])
     return out, lse
 
 
@@ -55,7 +56,9 @@ def attention_few_bwd(
     _check(q, scale)
     dout, q, k, v, out = (_rows(t) for t in (dout, q, k, v, out))
     if q.numel():
-        _bwd_launch(dout, q, k, v, out, lse, scale, dq, dk, dv).run()
+        tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+        arguments = (dout, q, k, v, out, lse, scale, dq, dk, dv)
+        run_on(tensors, ("attention_few_bwd", scale), lambda: [_bwd_launch(*arguments)])
 
 
 def aot_cases() -> list[AotCase]:

@@ -13,7 +13,7 @@ al., 2011).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configs import AotCase, AttentionSettings, Limits, attention_settings, pair_cols
-from ._launch import Launch, limits, unit_strides
+from ._launch import Launch, limits, run_on, unit_strides
+from ._options import Options
 from ._qk import Preparation, load_prepared, raw_gradient, store_heads, widths
 from ._softmax import LOG2_E
 from ._tiles import inner, load, outer, row_sum, scaled, store, zeros
@@ -34,31 +35,6 @@ _RUNTIME = ["scale", "threshold", "keep_scale", "H", "Nq", "Nk", "tiles", "strid
 _RUNTIME += [f"stride_{tensor}{axis}" for tensor in ("q", "k", "v", "o", "do", "dq", "dk", "dv") for axis in "bhn"]
 _RUNTIME += [f"stride_m{axis}" for axis in "bhmn"]
 _RUNTIME += ["stride_rb", "stride_rh", "q_eps", "k_eps", "num_prefix"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a call asks for beyond softmax(scale * q k^T) v.
-
-    attn_mask     broadcastable to (B, H, Nq, Nk): bool (True takes part) or float (added)
-    dropout_seed  int64, one value; given with dropout_p > 0
-    cu_seqlens    (S + 1,) int32 or int64: sample s has the rows from cu_seqlens[s] to cu_seqlens[s + 1] of tensors
-                  (1, H, T, D), at most max_seqlen of them
-    preparation   of q and k; with cu_seqlens the table has a row for each of the T rows
-    """
-
-    scale: float
-    attn_mask: Tensor | None = None
-    is_causal: bool = False
-    dropout_p: float = 0.0
-    dropout_seed: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    max_seqlen: int = 0
-    preparation: Preparation = Preparation()  # noqa: RUF009 - frozen
-
-    @property
-    def longest(self) -> int | None:
-        return None if self.cu_seqlens is None else self.max_seqlen
 
 
 def attention_general_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +51,10 @@ def attention_general_fwd(q: Tensor, k: Tensor, v: Tensor, options: Options) -> 
     out = q.new_empty(batch, nq, heads, dim).transpose(1, 2)
     top, log = (q.new_empty(batch, heads, nq, dtype=torch.float32) for _ in range(2))
     if q.numel():
-        _fwd_launch(q, k, v, out, top, log, options, limits(q.device)).run()
+        options = options.readable()
+        tensors = {"q": q, "k": k, "v": v, "out": out, "top": top, "log": log, **options.tensors()}
+        arguments = (q, k, v, out, top, log, options, limits(q.device))
+        run_on(tensors, ("attention_general_fwd", options.numbers()), lambda: [_fwd_launch(*arguments)])
     return out, top, log
 
 
@@ -100,7 +79,8 @@ def attention_general_bwd(
     dout, q, k, v, out = (_rows(t, options.longest) for t in (dout, q, k, v, out))
     if q.numel() == 0:
         return q.new_zeros(2, q.shape[3], dtype=torch.float32), q.new_zeros(2, q.shape[3], dtype=torch.float32)
-    launches, sums = _bwd_launches(dout, q, k, v, out, top, log, options, dq, dk, dv, limits(q.device))
+    given = (dout, q, k, v, out, top, log, options.readable(), dq, dk, dv)
+    launches, sums = _bwd_launches(*given, limits(q.device))
     for launch in launches:
         launch.run()
     return sums[0].sum(0), sums[1].sum(0)
@@ -115,6 +95,7 @@ def aot_cases(arch: int = 90) -> list[AotCase]:
         out = torch.empty(batch, 197, 12, dim, dtype=dtype, device="meta").transpose(1, 2)
         top = torch.empty(batch, 12, 197, device="meta")
         device = Limits.of_arch(arch)
+        options = options.readable()
         launches = [_fwd_launch(q, q, q, out, top, top, options, device)]
         launches += _bwd_launches(out, q, q, q, out, top, top, options, q, q, q, device)[0]
         for launch in launches:
@@ -191,11 +172,11 @@ def _launch(
         stat_strides[0] = 0
         rows = tuple(t.expand(batch, -1, -1, -1) for t in rows)
     unit, strides = unit_strides(rows)
-    mask, mask_strides = _mask(options.attn_mask, shape)
+    mask_strides = _mask_strides(options.attn_mask, shape)
     preparation, dim = options.preparation, rows[0].shape[-1]
     arguments = (
-        *rows, *statistics, mask, options.dropout_seed if options.dropout_p else None, options.cu_seqlens,
-        *preparation.arguments(batch, heads), *strides, *stat_strides, *mask_strides,
+        *rows, *statistics, *options.tensors().values(), *preparation.numbers(batch, heads),
+        *strides, *stat_strides, *mask_strides,
         options.scale, round(options.dropout_p * 2**24), 1.0 / (1.0 - options.dropout_p), heads, nq, nk, tiles,
     )  # fmt: skip
     constexprs = {"D": dim, "UNIT": unit, "CAUSAL": options.is_causal}
@@ -205,15 +186,9 @@ def _launch(
     return Launch.of(kernel, (tiles * batch * heads,), arguments, constexprs, settings)
 
 
-def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[Tensor | None, tuple[int, ...]]:
-    """What the kernels read of ``mask``, and its strides along B, H, Nq and Nk: 0 where it is broadcast."""
-    if mask is None:
-        return None, (0, 0, 0, 0)
-    if mask.dtype == torch.bool:
-        mask = mask.view(torch.uint8)
-    elif mask.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        mask = mask.float()
-    return mask, mask.expand(shape).stride()
+def _mask_strides(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Along B, H, Nq and Nk: 0 where it is broadcast."""
+    return (0, 0, 0, 0) if mask is None else mask.expand(shape).stride()
 
 
 def _settings(kernel: str, q: Tensor, keys: int, options: Options, device: Limits) -> AttentionSettings:

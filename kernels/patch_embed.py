@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configs import PATCH_EMBED_SUM, AotCase, Limits, patch_embed_settings
-from ._launch import Launch, limits
+from ._launch import Launch, limits, run_on
 from ._patch_embed import (
     patch_embed_dimages_kernel,
     patch_embed_dweight_kernel,
@@ -52,7 +52,14 @@ def patch_embed_fwd(
     num_tokens = view.num_patches + (0 if prefix is None else prefix.shape[0])
     tokens = weight.new_empty((images.shape[0], num_tokens, weight.shape[0]), dtype=dtype)
     if tokens.numel() > 0:
-        _forward(view, images, weight, bias, pos_embed, prefix, mean, std, tokens, limits(images.device)).run()
+        bias, pos_embed, prefix, mean, std = (
+            None if t is None else t.contiguous() for t in (bias, pos_embed, prefix, mean, std)
+        )
+        matrix = view.matrix(weight)
+        tensors = {"images": images, "weight": matrix, "bias": bias, "pos": pos_embed, "prefix": prefix}
+        tensors |= {"mean": mean, "std": std, "tokens": tokens}
+        arguments = (view, images, matrix, bias, pos_embed, prefix, mean, std, tokens, limits(images.device))
+        run_on(tensors, ("patch_embed_fwd", weight.shape), lambda: [_forward(*arguments)])
     return tokens
 
 
@@ -127,11 +134,12 @@ def _forward(
     tokens: Tensor,
     device: Limits,
 ) -> Launch:
+    """``weight`` is ``view.matrix``; all but ``images`` is contiguous."""
     batch, num_tokens, dim = tokens.shape
     num_rows = batch * view.num_patches
     settings = patch_embed_settings("fwd", weight.dtype, num_rows, dim, (images.itemsize, weight.itemsize), device)
-    optional = [None if t is None else t.contiguous() for t in (bias, pos_embed, prefix, mean, std)]
-    arguments = (images, view.matrix(weight), *optional, tokens, num_rows, num_tokens - view.num_patches)
+    optional = (bias, pos_embed, prefix, mean, std)
+    arguments = (images, weight, *optional, tokens, num_rows, num_tokens - view.num_patches)
     pos_on_prefix = pos_embed is not None and pos_embed.shape[0] == num_tokens
     constexprs = {"POS_ON_PREFIX": pos_on_prefix, "E": dim, **view.constexprs(images.dtype)}
     grid = (settings.tiles(num_rows, dim),)
@@ -296,7 +304,7 @@ def _aot_launches(
     view = PatchView.of(images, weight)
     dweight, partial = _dweight(view, tokens, images, weight, num_prefix, mean, std, device)
     launches = {
-        "fwd": _forward(view, images, weight, bias, pos_embed, prefix, mean, std, tokens, device),
+        "fwd": _forward(view, images, view.matrix(weight), bias, pos_embed, prefix, mean, std, tokens, device),
         "dweight": dweight,
         "dweight_sum": _sum(partial, meta(dim, view.size)),
         "token_sum": _sum(tokens, meta(*tokens.shape[1:], dtype=torch.float32)),

@@ -1,7 +1,7 @@
 """Run by test_launch_driver.py in a process of its own: what reaches the driver at a shape's first call, and after.
 
 Triton compiles for sm_90 and launches through its own launcher; libcuda.so.1 is the recorder of fake_cuda_driver.c.
-Prints one JSON object: for each pass a list of calls, each a list of launches; pointers by the name of their tensor.
+Prints one JSON object: for each case three calls, each a list of launches; pointers by the name of their tensor.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ import ctypes
 import json
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any
 
 RECORDER = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before Triton looks for a libcuda.so.1
 
 import torch  # noqa: E402
 import triton  # noqa: E402
+from fastvit.kernels._options import Options  # noqa: E402
+from fastvit.kernels._qk import Preparation  # noqa: E402
+from torch import Tensor  # noqa: E402
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils  # noqa: E402
 
-from fastvit.kernels import _launch, attention  # noqa: E402
+from fastvit.kernels import _launch, attention, attention_few, attention_general, patch_embed  # noqa: E402
 
-STREAM = 7
+STREAM, SCALE = 7, 0.125
 FORMATS = {"i32": "i", "i64": "q", "fp32": "f", "*": "Q"}
 
 
@@ -87,37 +91,94 @@ def described(names: dict[int, str]) -> list[dict[str, Any]]:
     return found
 
 
-def calls(tokens: int, dim: int) -> dict[str, list]:
-    """Three calls of each pass on fresh tensors of one shape."""
-    batch, heads, scale = 2, 3, 0.125
-    found: dict[str, list] = {"packed": [], "fwd": [], "bwd": []}
-    kept = []  # no address comes back
+def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(size, dtype=dtype)
+
+
+def heads_of(tokens: int, dim: int) -> dict[str, Tensor]:
+    """Views of a packed projection."""
+    views = empty(2, tokens, 3, 3, dim).permute(2, 0, 3, 1, 4).unbind(0)
+    return dict(zip("qkv", views, strict=True))
+
+
+def plain(tokens: int, dim: int, queries: int | None = None) -> dict[str, Tensor]:
+    """Forward and backward."""
+    module = attention_few if queries else attention
+    forward, backward = (getattr(module, f"{module.__name__.rpartition('.')[2]}_{way}") for way in ("fwd", "bwd"))
+    given = heads_of(tokens, dim)
+    given["q"] = given["q"][:, :, :queries]
+    out, lse = forward(*given.values(), SCALE)
+    grads = {f"d{name}": torch.empty_like(t) for name, t in given.items()}
+    dout = torch.zeros_like(out)
+    backward(dout, *given.values(), out, lse, SCALE, *grads.values())
+    return given | grads | {"out": out, "lse": lse, "dout": dout}
+
+
+def packed(tokens: int, dim: int) -> dict[str, Tensor]:
+    qkv = empty(2, tokens, 9 * dim)
+    out, lse = attention.attention_packed_fwd(qkv, 3, SCALE)
+    q, k, v = qkv.unflatten(-1, (3, 3, dim)).unbind(2)
+    return {"q": q, "k": k, "v": v, "out": out, "lse": lse}
+
+
+def general(**options: Any) -> dict[str, Tensor]:
+    """Forward. ``options`` are makers of tensors, and numbers."""
+    made = {name: value() if callable(value) else value for name, value in options.items()}
+    given = {name: t[:1] for name, t in heads_of(60, 64).items()}
+    out, top, log = attention_general.attention_general_fwd(*given.values(), Options(SCALE, **made))
+    names = {"attn_mask": "mask", "dropout_seed": "seed", "cu_seqlens": "cu"}
+    tensors = {names[name]: value for name, value in made.items() if name in names}
+    if "preparation" in made:
+        prepared = made["preparation"]
+        tensors |= {"qw": prepared.q_weight, "kw": prepared.k_weight, "rope": prepared.rope}
+    return given | tensors | {"out": out, "top": top, "log": log}
+
+
+def prepared() -> Preparation:
+    weights = {name: empty(64) for name in ("q_weight", "k_weight")}
+    return Preparation(**weights, norm="rms", rope=empty(59, 128, dtype=torch.float32), num_prefix=1, half=True)
+
+
+def embedded(channels_last: bool, **optional: tuple[int, ...]) -> dict[str, Tensor]:
+    images, weight = empty(2, 3, 32, 32, dtype=torch.uint8), empty(24, 3, 16, 16)
+    weight = weight.contiguous(memory_format=torch.channels_last) if channels_last else weight
+    images = images.contiguous(memory_format=torch.channels_last) if channels_last else images
+    found = {name: empty(*size, dtype=torch.float32) for name, size in optional.items()}
+    given = [found.get(name) for name in ("bias", "pos", "prefix", "mean", "std")]
+    tokens = patch_embed.patch_embed_fwd(images, weight, *given)
+    return {"images": images, "weight": weight, "tokens": tokens, **found}
+
+
+CASES = {
+    "short": lambda: plain(197, 64),
+    "streaming": lambda: plain(261, 80),
+    "few": lambda: plain(50, 64, queries=1),
+    "packed_short": lambda: packed(197, 64),
+    "packed_streaming": lambda: packed(261, 80),
+    "mask": lambda: general(attn_mask=lambda: empty(1, 1, 60, 60, dtype=torch.bool)),
+    "causal_dropout": lambda: general(is_causal=True, dropout_p=0.1, dropout_seed=lambda: empty(1, dtype=torch.int64)),
+    "varlen": lambda: general(cu_seqlens=lambda: torch.tensor([0, 20, 60], dtype=torch.int32), max_seqlen=40),
+    "prepared": lambda: general(preparation=prepared),
+    "patch_embed": lambda: embedded(False, bias=(24,), pos=(5, 24), prefix=(1, 24), mean=(3,), std=(3,)),
+    "patch_embed_channels_last": lambda: embedded(True),
+}
+
+
+def calls(case: Callable[[], dict[str, Tensor]]) -> list[list[dict[str, Any]]]:
+    """Three calls on fresh tensors of one shape."""
+    found, kept = [], []  # kept, so that no address comes back
     for number in range(3):
         triton.JITFunction.run = never_again if number else RUN
-        qkv, grads = (torch.zeros(batch, tokens, 3 * heads * dim, dtype=torch.bfloat16) for _ in range(2))
-        (q, k, v), (dq, dk, dv) = (
-            t.unflatten(-1, (3, heads, dim)).permute(2, 0, 3, 1, 4).unbind(0) for t in (qkv, grads)
-        )
-        out, lse = attention.attention_packed_fwd(qkv, heads, scale)
-        inputs = {q.data_ptr(): "q", k.data_ptr(): "k", v.data_ptr(): "v"}
-        found["packed"].append(described(inputs | {out.data_ptr(): "out", lse.data_ptr(): "lse"}))
-        kept += [qkv, grads, out, lse]
-        out, lse = attention.attention_fwd(q, k, v, scale)
-        results = {out.data_ptr(): "out", lse.data_ptr(): "lse"}
-        found["fwd"].append(described(inputs | results))
-        dout = torch.zeros_like(out)
-        attention.attention_bwd(dout, q, k, v, out, lse, scale, dq, dk, dv)
-        gradients = {dq.data_ptr(): "dq", dk.data_ptr(): "dk", dv.data_ptr(): "dv", dout.data_ptr(): "dout"}
-        found["bwd"].append(described(inputs | results | gradients))
-        kept += [out, lse, dout]
+        kept.append(case())
+        found.append(described({t.data_ptr(): name for name, t in kept[-1].items()}))
+    triton.JITFunction.run = RUN
     return found
 
 
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
     _launch.current_device, _launch.current_stream = lambda: None, lambda device: STREAM  # the tensors are on the CPU
-    sizes = {"short": (197, 64), "streaming": (261, 80)}
-    json.dump({name: calls(*size) for name, size in sizes.items()}, sys.stdout)
+    json.dump({name: calls(case) for name, case in CASES.items()}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -247,5 +247,6 @@ def test_refusals():
 
 def test_a_table_is_read_where_it_lies():
     rope = table(5, 32).expand(2, 3, 5, 64)
-    read, stride_b, stride_h = kernels.Preparation(rope=rope[0, 0]).arguments(2, 3)[4:7]
+    prepared = kernels.Preparation(rope=rope[0, 0]).readable()
+    read, (stride_b, stride_h) = prepared.rope, prepared.numbers(2, 3)[:2]
     assert (read.data_ptr(), stride_b, stride_h) == (rope.data_ptr(), 0, 0)

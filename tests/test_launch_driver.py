@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory):
-    """name of the sizes -> pass -> calls -> launches; see fake_cuda_driver.py."""
+    """case -> three calls -> launches; see fake_cuda_driver.py."""
     folder = tmp_path_factory.mktemp("driver")
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     library = folder / "libcuda.so.1"
@@ -44,20 +44,29 @@ def calls(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("size", ["short", "streaming"])
-@pytest.mark.parametrize("direction", ["packed", "fwd", "bwd"])
-def test_replayed_launches_are_those_that_triton_made(calls, size, direction):
-    first, second, third = calls[size][direction]
-    assert len(first) == (2 if direction == "bwd" else 1)
-    assert first == second == third
+def test_replayed_launches_are_those_that_triton_made(calls):
+    for case, (first, second, third) in calls.items():
+        assert first, case
+        assert first == second == third, case
 
 
-@pytest.mark.parametrize("size", ["short", "streaming"])
-def test_the_first_launch_names_every_tensor(calls, size):
-    (launch,) = calls[size]["packed"][0]
-    assert launch["parameters"][:5] == ["q", "k", "v", "out", "lse"]
-    assert launch["stream"] == 7
-    assert launch["function"]
-    dq, dkv = calls[size]["bwd"][0]
-    assert dq["parameters"][:8] == ["q", "k", "v", "out", "dout", "dq", "lse", "unknown 0"]
-    assert dkv["parameters"][:8] == ["q", "k", "v", "dout", "dk", "dv", "lse", "unknown 0"]  # dQ's delta
+def test_launches_name_every_tensor(calls):
+    def pointers(case, number=0, given=None):
+        return calls[case][0][number]["parameters"][:given]
+
+    for size in ("short", "streaming"):
+        assert pointers(f"packed_{size}", given=5) == ["q", "k", "v", "out", "lse"]
+        assert pointers(size, 0, 5) == ["q", "k", "v", "out", "lse"]
+        assert pointers(size, 1, 8) == ["q", "k", "v", "out", "dout", "dq", "lse", "unknown 0"]
+        assert pointers(size, 2, 8) == ["q", "k", "v", "dout", "dk", "dv", "lse", "unknown 0"]  # dQ's delta
+    assert pointers("few", 1, 9) == ["q", "k", "v", "out", "dout", "dq", "dk", "dv", "lse"]
+    shared = ["q", "k", "v", "out", "top", "log"]
+    for case, more in {"mask": ["mask"], "causal_dropout": ["seed"], "varlen": ["cu"]}.items():
+        assert pointers(case, given=6 + len(more)) == [*shared, *more]
+    assert pointers("prepared", given=9) == [*shared, "qw", "kw", "rope"]
+    assert pointers("patch_embed", given=8) == ["images", "weight", "bias", "pos", "prefix", "mean", "std", "tokens"]
+    assert pointers("patch_embed_channels_last", given=3) == ["images", "weight", "tokens"]
+
+
+def test_launches_go_to_the_current_stream(calls):
+    assert {launch["stream"] for made in calls.values() for call in made for launch in call} == {7}
