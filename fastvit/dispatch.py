@@ -59,7 +59,7 @@ class Op:
     def __init__(self, name: str, *backends: Backend):
         self.name = name
         self.backends = {backend.name: backend for backend in backends}
-        self._settled: dict[tuple, Callable[..., Tensor]] = {}
+        self._settled: dict[tuple, Backend] = {}
         OPS[name] = self
 
     def __call__(self, first: Tensor, *args: Any, key: tuple | None = None, **kwargs: Any) -> Tensor:
@@ -80,7 +80,10 @@ class Op:
 
     def settled(self, key: tuple | None) -> Callable[..., Tensor] | None:
         """What runs a call whose ``key``, all that checks and choice depend on, was seen before; else None."""
-        return None if key is None or _record is not None or _explained is not None else self._settled.get(key)
+        if key is None or _record is not None or _explained is not None:
+            return None
+        backend = self._settled.get(key)
+        return backend.run if backend is not None and self.backends.get(backend.name) is backend else None
 
     def _settle(self, key: tuple, backend: Backend, device_type: str) -> None:
         """Keep the choice, but not one that was worth a warning: the next call shall say so again."""
@@ -89,7 +92,7 @@ class Op:
             return
         if len(self._settled) >= _MOST_SETTLED:
             self._settled.clear()
-        self._settled[key] = backend.run
+        self._settled[key] = backend
 
     def select(self, first: Tensor, *args: Any, **kwargs: Any) -> Backend:
         """The backend that will run this call. Raises ``Unsupported`` when the chosen one cannot."""

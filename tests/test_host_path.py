@@ -1,5 +1,6 @@
 """What is remembered between calls is never stale: verdicts of the ops, a block read in one pass, launches."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from torch.nn.utils import parametrize
 import fastvit
 from fastvit import fused, layers, ops
 from fastvit.block_parts import read_block
-from fastvit.dispatch import Unsupported, recording, use_backend
+from fastvit.dispatch import OPS, Unsupported, recording, use_backend
 from fastvit.ops import _register
 
 WIDTH, HEADS = 64, 2
@@ -187,6 +188,19 @@ def test_what_is_kept_of_calls_is_bounded(monkeypatch):
     for rows in range(1, 9):
         ops.linear_residual(torch.randn(rows, WIDTH), torch.randn(8, WIDTH), None, torch.randn(rows, 8))
         assert 1 <= len(op._settled) <= 3 or rows == 1
+
+
+def test_a_backend_that_was_replaced_does_not_run(monkeypatch):
+    op, x, weight = OPS["layernorm_linear"], torch.randn(3, 16), torch.randn(8, 16)
+    right = ops.layernorm_linear(x, None, None, weight, None)
+    stand_in = dataclasses.replace(op.backends["torch"], run=lambda *args: right + 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(op, "backends", {**op.backends, "torch": stand_in})
+        with use_backend("torch"):
+            assert torch.equal(ops.layernorm_linear(x, None, None, weight, None), right + 1)
+            assert torch.equal(ops.layernorm_linear(x, None, None, weight, None), right + 1)
+    with use_backend("torch"):
+        torch.testing.assert_close(ops.layernorm_linear(x, None, None, weight, None), right)
 
 
 def test_a_block_with_one_module_more_is_looked_at():
