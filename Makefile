@@ -6,8 +6,8 @@ VENV ?= .venv
 PYTHON := $(shell OFFLINE=$(OFFLINE) .ci/python $(VENV))
 IN_VENV := $(filter $(VENV)/%,$(PYTHON))
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
-# Where pytest-xdist is, tests run side by side
-SIDE_BY_SIDE = $(if $(shell $(PYTHON) -c "import xdist; print(1)" 2>/dev/null),-n $(MAX_JOBS))
+# Where pytest-xdist is, files of tests run side by side
+SIDE_BY_SIDE = $(if $(shell $(PYTHON) -c "import xdist; print(1)" 2>/dev/null),-n $(MAX_JOBS) --dist loadfile)
 MAX_JOBS ?= $(shell nproc)
 export MAX_JOBS
 ifeq ($(IN_VENV),)
