@@ -91,13 +91,13 @@ def described(names: dict[int, str]) -> list[dict[str, Any]]:
     return found
 
 
-def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def zeros(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.zeros(size, dtype=dtype)
 
 
 def heads_of(tokens: int, dim: int) -> dict[str, Tensor]:
     """Views of a packed projection."""
-    views = empty(2, tokens, 3, 3, dim).permute(2, 0, 3, 1, 4).unbind(0)
+    views = zeros(2, tokens, 3, 3, dim).permute(2, 0, 3, 1, 4).unbind(0)
     return dict(zip("qkv", views, strict=True))
 
 
@@ -115,7 +115,7 @@ def plain(tokens: int, dim: int, queries: int | None = None) -> dict[str, Tensor
 
 
 def packed(tokens: int, dim: int) -> dict[str, Tensor]:
-    qkv = empty(2, tokens, 9 * dim)
+    qkv = zeros(2, tokens, 9 * dim)
     out, lse = attention.attention_packed_fwd(qkv, 3, SCALE)
     q, k, v = qkv.unflatten(-1, (3, 3, dim)).unbind(2)
     return {"q": q, "k": k, "v": v, "out": out, "lse": lse}
@@ -135,15 +135,15 @@ def general(**options: Any) -> dict[str, Tensor]:
 
 
 def prepared() -> Preparation:
-    weights = {name: empty(64) for name in ("q_weight", "k_weight")}
-    return Preparation(**weights, norm="rms", rope=empty(59, 128, dtype=torch.float32), num_prefix=1, half=True)
+    weights = {name: zeros(64) for name in ("q_weight", "k_weight")}
+    return Preparation(**weights, norm="rms", rope=zeros(59, 128, dtype=torch.float32), num_prefix=1, half=True)
 
 
 def embedded(channels_last: bool, **optional: tuple[int, ...]) -> dict[str, Tensor]:
-    images, weight = empty(2, 3, 32, 32, dtype=torch.uint8), empty(24, 3, 16, 16)
+    images, weight = zeros(2, 3, 32, 32, dtype=torch.uint8), zeros(24, 3, 16, 16)
     weight = weight.contiguous(memory_format=torch.channels_last) if channels_last else weight
     images = images.contiguous(memory_format=torch.channels_last) if channels_last else images
-    found = {name: empty(*size, dtype=torch.float32) for name, size in optional.items()}
+    found = {name: zeros(*size, dtype=torch.float32) for name, size in optional.items()}
     given = [found.get(name) for name in ("bias", "pos", "prefix", "mean", "std")]
     tokens = patch_embed.patch_embed_fwd(images, weight, *given)
     return {"images": images, "weight": weight, "tokens": tokens, **found}
@@ -155,8 +155,8 @@ CASES = {
     "few": lambda: plain(50, 64, queries=1),
     "packed_short": lambda: packed(197, 64),
     "packed_streaming": lambda: packed(261, 80),
-    "mask": lambda: general(attn_mask=lambda: empty(1, 1, 60, 60, dtype=torch.bool)),
-    "causal_dropout": lambda: general(is_causal=True, dropout_p=0.1, dropout_seed=lambda: empty(1, dtype=torch.int64)),
+    "mask": lambda: general(attn_mask=lambda: zeros(1, 1, 60, 60, dtype=torch.bool)),
+    "causal_dropout": lambda: general(is_causal=True, dropout_p=0.1, dropout_seed=lambda: zeros(1, dtype=torch.int64)),
     "varlen": lambda: general(cu_seqlens=lambda: torch.tensor([0, 20, 60], dtype=torch.int32), max_seqlen=40),
     "prepared": lambda: general(preparation=prepared),
     "patch_embed": lambda: embedded(False, bias=(24,), pos=(5, 24), prefix=(1, 24), mean=(3,), std=(3,)),
