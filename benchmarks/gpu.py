@@ -50,7 +50,7 @@ FOUND = 9  # exit code of compute-sanitizer when it found something
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--stages", default=",".join(STAGES), help="default: %(default)s")
-    parser.add_argument("--jobs", default="", help="of the bench stage, the jobs whose name contains this")
+    parser.add_argument("--jobs", default="", help="of the bench stage, these alone: infer,train")
     parser.add_argument("--rehearse", action="store_true", help="small sizes on the CPU; nothing under results/")
     args = parser.parse_args()
     wanted = {name: float(seconds or STAGES.get(name, 0)) for name, seconds in STAGE.findall(args.stages)}
@@ -280,10 +280,13 @@ def bench(limit: float, args: argparse.Namespace, result: dict[str, Any], path: 
     import gpu_jobs
 
     end = time.monotonic() + limit
-    jobs = [job for job in gpu_jobs.plan(args.rehearse) if args.jobs in job.name]
-    names = {job.name for job in jobs}
+    jobs = gpu_jobs.plan(args.rehearse)
+    wanted = set(args.jobs.split(",")) if args.jobs else {job.name for job in jobs}
+    if unknown := sorted(wanted - {job.name for job in jobs}):
+        raise ValueError(f"--jobs has {unknown[0]!r}, expected some of {', '.join(job.name for job in jobs)}")
+    jobs = [job for job in jobs if job.name in wanted]
     for key in ("rows", "refused"):  # a job that runs again replaces what it found before
-        result[key] = [row for row in result[key] if row.get("job") not in names]
+        result[key] = [row for row in result[key] if row.get("job") not in wanted]
     outcomes = {}
     for job in jobs:
         left = end - time.monotonic()
