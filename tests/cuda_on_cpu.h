@@ -135,6 +135,12 @@ inline void launch(dim3 grid, dim3 block, const std::function<void()>& body) {
 
 }  // namespace cuda_on_cpu
 
+template <typename... Params, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Arguments&&... arguments) {
+  cuda_on_cpu::launch(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
+  return cudaSuccess;
+}
+
 #define threadIdx (cuda_on_cpu::current->thread)
 #define blockIdx (cuda_on_cpu::block_index)
 #define blockDim (cuda_on_cpu::block_size)

@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -211,6 +213,61 @@ inline int multiprocessors() {
   int device = 0;
   cudaGetDevice(&device);
   return multiprocessors(device);
+}
+
+// Programmatic dependent launch, from Hopper on: the next kernel of a stream is set up while this one still runs. With few
+// rows that is a good part of its time. A kernel launched so calls await_previous() before it touches memory: all work
+// before it in the stream is then done, for each kernel waits for the one before it.
+__device__ inline void await_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may be set up once every block has come here.
+__device__ inline void allow_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Whether what runs on this device was compiled with the wait in it: code for an older architecture may stand in for it.
+template <auto* KERNEL>
+bool can_overlap(int device) {
+  constexpr int kDevices = 64;
+  enum : signed char { kUnknown, kYes, kNo };
+  static std::array<std::atomic<signed char>, kDevices> known{};
+  if (device < 0 || device >= kDevices) return false;
+  if (known[device] == kUnknown) {
+    cudaFuncAttributes facts{};
+    const bool waits = cudaFuncGetAttributes(&facts, reinterpret_cast<const void*>(KERNEL)) == cudaSuccess && facts.ptxVersion >= 90;
+    known[device] = waits ? kYes : kNo;
+  }
+  return known[device] == kYes;
+}
+
+inline cudaLaunchAttribute overlapping_launch() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+
+template <auto* KERNEL, typename Params>
+cudaError_t launch_overlapping(dim3 grid, unsigned threads, const Params& p, cudaStream_t stream) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute overlap = overlapping_launch();
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = can_overlap<KERNEL>(device);
+  error = cudaLaunchKernelEx(&config, KERNEL, p);
+  const cudaError_t pending = cudaGetLastError();
+  return error != cudaSuccess ? error : pending;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,62 +1,62 @@
-// LayerNorm forward, one pass over memory: a row stays in registers, eight columns a thread.
+// LayerNorm forward, one pass over memory: a warp keeps its row in registers, eight columns a lane at a time.
 #include "cuda/common.cuh"
 
 namespace fastvit {
 
-constexpr int kMaxThreads = 512;  // so rows up to 4096 columns are held by one block
-constexpr int kRows = 4;          // rows a block has in flight: one barrier serves them all
+constexpr int kRows = 4;  // warps of a block, one row each
+constexpr int kMaxVecs = 16;
 constexpr int kAnyThreads = 256;
 
-template <typename X, typename Y>
-__global__ void __launch_bounds__(kMaxThreads) layernorm_fwd_kernel(LayerNormFwd p) {
-  __shared__ float sums[2][kRows * kMaxThreads / kWarp];
-  const int col = threadIdx.x * kVec;
-  const bool inside = col < p.cols;
-  const int64_t first = int64_t(blockIdx.x) * kRows;
+__device__ inline float warp_sum(float v) {
+#pragma unroll
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) v += __shfl_xor_sync(0xffffffffu, v, lane);
+  return v;
+}
 
-  float x[kRows][kVec] = {};
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (inside && first + r < p.rows) load(row_of<const X>(p.x, first + r) + col, x[r]);
-  }
-  float mean[kRows], rstd[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    mean[r] = 0.f;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) mean[r] += x[r][i];
-  }
-  block_sum(mean, sums[0]);
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    mean[r] /= p.cols;
-    rstd[r] = 0.f;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      const float centred = x[r][i] - mean[r];
-      rstd[r] += inside ? centred * centred : 0.f;
-    }
-  }
-  block_sum(rstd, sums[1]);
+// Rows of up to VECS * 256 columns.
+template <typename X, typename Y, int VECS>
+__global__ void __launch_bounds__(kRows* kWarp) layernorm_fwd_kernel(LayerNormFwd p) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / kWarp;
+  await_previous();
+  allow_next();
+  if (row >= p.rows) return;
 
-  float weight[kVec], bias[kVec];
-  if (inside) {
+  float x[VECS][kVec] = {};
+#pragma unroll
+  for (int v = 0; v < VECS; ++v) {
+    const int col = (v * kWarp + lane) * kVec;
+    if (col < p.cols) load(row_of<const X>(p.x, row) + col, x[v]);
+  }
+  float mean = 0.f, rstd = 0.f;
+#pragma unroll
+  for (int v = 0; v < VECS; ++v) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) mean += x[v][i];
+  }
+  mean = warp_sum(mean) / p.cols;
+#pragma unroll
+  for (int v = 0; v < VECS; ++v) {
+    if ((v * kWarp + lane) * kVec >= p.cols) continue;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) rstd += (x[v][i] - mean) * (x[v][i] - mean);
+  }
+  rstd = rsqrtf(warp_sum(rstd) / p.cols + p.eps);
+  if (lane == 0) {
+    p.mean[row] = mean;
+    p.rstd[row] = rstd;
+  }
+  if (p.y.data == nullptr) return;
+#pragma unroll
+  for (int v = 0; v < VECS; ++v) {
+    const int col = (v * kWarp + lane) * kVec;
+    if (col >= p.cols) continue;
+    float weight[kVec], bias[kVec];
     load_param<Y>(p.weight, col, 1.f, weight);
     load_param<Y>(p.bias, col, 0.f, bias);
-  }
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t row = first + r;
-    if (row >= p.rows) break;
-    rstd[r] = rsqrtf(rstd[r] / p.cols + p.eps);
-    if (threadIdx.x == 0) {
-      p.mean[row] = mean[r];
-      p.rstd[row] = rstd[r];
-    }
-    if (!inside || p.y.data == nullptr) continue;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) x[r][i] = (x[r][i] - mean[r]) * rstd[r] * weight[i] + bias[i];
-    store(row_of<Y>(p.y, row) + col, x[r]);
+    for (int i = 0; i < kVec; ++i) x[v][i] = (x[v][i] - mean) * rstd * weight[i] + bias[i];
+    store(row_of<Y>(p.y, row) + col, x[v]);
   }
 }
 
@@ -87,19 +87,32 @@ __global__ void __launch_bounds__(kAnyThreads) layernorm_fwd_any_kernel(LayerNor
   }
 }
 
+// f(std::integral_constant<int, VECS>) for the narrowest kernel that holds a row.
+template <typename F>
+cudaError_t with_vecs(int cols, F&& f) {
+  const int vecs = int(ceil_div(cols, kWarp * kVec));
+  if (vecs <= 2) return f(std::integral_constant<int, 2>{});
+  if (vecs <= 3) return f(std::integral_constant<int, 3>{});
+  if (vecs <= 4) return f(std::integral_constant<int, 4>{});
+  if (vecs <= 6) return f(std::integral_constant<int, 6>{});
+  if (vecs <= 8) return f(std::integral_constant<int, 8>{});
+  return f(std::integral_constant<int, kMaxVecs>{});
+}
+
 cudaError_t launch_layernorm_fwd(const LayerNormFwd& p, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
-  const bool vectors = p.cols % kVec == 0 && p.cols <= kMaxThreads * kVec && aligned(p.x) && aligned(p.y) &&
+  const bool vectors = p.cols % kVec == 0 && p.cols <= kMaxVecs * kWarp * kVec && aligned(p.x) && aligned(p.y) &&
                        aligned(p.weight) && aligned(p.bias);
   return with_types(p.x.dtype, p.y.dtype, [&](auto x, auto y) {
     using X = typename decltype(x)::type;
     using Y = typename decltype(y)::type;
     if (vectors) {
-      const int threads = int(ceil_div(p.cols / kVec, kWarp)) * kWarp;
-      layernorm_fwd_kernel<X, Y><<<ceil_div(p.rows, kRows), threads, 0, stream>>>(p);
-    } else {
-      layernorm_fwd_any_kernel<X, Y><<<p.rows, kAnyThreads, 0, stream>>>(p);
+      const dim3 grid(unsigned(ceil_div(p.rows, kRows)));
+      return with_vecs(p.cols, [&](auto vecs) {
+        return launch_overlapping<layernorm_fwd_kernel<X, Y, vecs()>>(grid, kRows * kWarp, p, stream);
+      });
     }
+    layernorm_fwd_any_kernel<X, Y><<<p.rows, kAnyThreads, 0, stream>>>(p);
     return cudaGetLastError();
   });
 }

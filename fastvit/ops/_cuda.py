@@ -324,7 +324,8 @@ def _weight_grads(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of weight, bias and layer_scale.
 
-    LayerScale's needs no second look at the branch: with g = dbranch^T inputs, it is <weight_j, g_j> + bias_j sums_j.
+    In half precision LayerScale's needs no second look at the branch: with g = dbranch^T inputs, it is
+    <weight_j, g_j> + bias_j sums_j. In float32 that was twice as far off as stock's, which has the branch.
     """
     wants_weight, wants_bias, wants_scale = mask
     if layer_scale is None:
@@ -333,38 +334,19 @@ def _weight_grads(
     if inputs is None or not (wants_weight or wants_scale):
         dbias = (sums * layer_scale).to(weight.dtype) if wants_bias and sums is not None else None
         return None, dbias, None
-    g = _scale_product(dbranch, inputs)
     scale = _readable(layer_scale, weight)
+    if weight.dtype == torch.float32:
+        branch = inputs @ weight.t() if bias is None else torch.addmm(bias, inputs, weight.t())
+        dlayer_scale = ops.column_sum(branch.mul_(dbranch), torch.float32).to(layer_scale.dtype) if wants_scale else None
+        dweight = (dbranch.t() @ inputs).mul_(scale[:, None]) if wants_weight else None
+        return dweight, sums * scale if wants_bias and sums is not None else None, dlayer_scale
+    g = torch.mm(dbranch.t(), inputs, out_dtype=torch.float32)  # divided by a small LayerScale, it may not fit float16
     dweight, dbias, dlayer_scale = ops.layer_scale_bwd(g, _rows(weight), _dense(bias), sums, scale)
     return (
         dweight if wants_weight else None,
         dbias if wants_bias else None,
         dlayer_scale.to(layer_scale.dtype) if wants_scale else None,
     )
-
-
-def _scale_product(dbranch: Tensor, inputs: Tensor) -> Tensor:
-    """``dbranch^T inputs`` in float32, as P matrices to be added, (P O, F).
-
-    LayerScale's gradient is taken from it. Stock PyTorch takes it from the branch, whose elements are sums of F terms:
-    sums of all M rows would lose to that in float32, so no product adds more than F rows. TF32 rounds more than either.
-    """
-    rows, depth = inputs.shape
-    parts = max(-(-rows // depth), min(4, rows // 128))
-    if dbranch.dtype != torch.float32 or parts <= 1 or torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return _float32_product(dbranch.t(), inputs)
-    each = rows // parts
-    grouped, rest = slice(parts * each), slice(parts * each, None)
-    left, right = (t[grouped].unflatten(0, (parts, each)) for t in (dbranch, inputs))
-    out = torch.bmm(left.transpose(1, 2), right)
-    if parts * each < rows:
-        out[-1].addmm_(dbranch[rest].t(), inputs[rest])
-    return out.flatten(0, 1)
-
-
-def _float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` with float32 results: divided by a small LayerScale, a gradient may not fit float16."""
-    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _norm_linear_grads(

@@ -39,7 +39,7 @@ class Tile:
 
 
 LARGE = Tile("large", 128, 256, cluster=2, share=0.85, overlaps=False)
-PING_PONG = Tile("ping_pong", 64, 256, cluster=2, share=0.75, overlaps=True)
+PING_PONG = Tile("ping_pong", 128, 128, cluster=2, share=0.8, overlaps=True)
 SMALL = Tile("small", 64, 64, cluster=1, share=0.4, overlaps=True)
 
 # What is compiled, by dtype and op.

@@ -11,8 +11,8 @@ namespace fastvit::sm90 {
 // How a product is cut into tiles: "large", "ping_pong", "small" to fastvit/ops/_tiles.py, which chooses.
 enum class Tile : int { kLarge, kPingPong, kSmall };
 constexpr int kTiles = 3;
-constexpr int kTileRows[kTiles] = {128, 64, 64};
-constexpr int kTileCols[kTiles] = {256, 256, 64};
+constexpr int kTileRows[kTiles] = {128, 128, 64};
+constexpr int kTileCols[kTiles] = {256, 128, 64};
 
 // What is compiled: every tile costs build time, so float16 has no large one and the backward no small one.
 constexpr bool has_tile(DType dtype, Tile tile, bool backward) {

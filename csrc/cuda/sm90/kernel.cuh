@@ -115,16 +115,17 @@ cudaError_t launch(typename Kernel::Params const& params, cudaStream_t stream) {
   constexpr int kShared = Kernel::SharedStorageSize;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (error == cudaSuccess) {
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {cute::size<0>(Cluster{}), cute::size<1>(Cluster{}), 1};
+    // CUTLASS's kernels wait before their first load, and all that they store follows from what they load
+    cudaLaunchAttribute attributes[2] = {overlapping_launch(), {}};
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {cute::size<0>(Cluster{}), cute::size<1>(Cluster{}), 1};
     cudaLaunchConfig_t config{};
     config.gridDim = Kernel::get_grid_shape(params);
     config.blockDim = Kernel::get_block_shape();
     config.dynamicSmemBytes = kShared;
     config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = cute::size(Cluster{}) > 1;
+    config.attrs = attributes;
+    config.numAttrs = cute::size(Cluster{}) > 1 ? 2 : 1;
     error = cudaLaunchKernelEx(&config, kernel, params);
   }
   const cudaError_t pending = cudaGetLastError();
