@@ -39,22 +39,16 @@ def candidates(kernel: str, dtype: torch.dtype, dim: int, keys: int, arch: int) 
         return list(
             dict.fromkeys(found + [AttentionSettings(cols, m, n, num_warps=w, num_stages=s) for m, n, w, s in sizes])
         )
-    if found[0].tail:
-        found.append(replace(found[0], tail=0))
-    # the side that owns a program's sums has 16 rows for each warp, and few rows left over may lie in columns
-    owned = ((64, 4), (128, 8))
-    tails = {own: found[0].tail if 0 < keys % own <= found[0].tail else 0 for own, _ in owned}
+    owned = ((64, 4), (128, 8))  # the side that owns a program's sums has 16 rows for each warp
     for (own, warps), other, stages, registers in product(owned, (32, 64, 128), (2, 3), (None, 128, 80)):
         m, n = (other, own) if kernel == "bwd" else (own, other)
         if registers != 80 or other == 32:  # fewer registers let more programs share a multiprocessor
-            choice = AttentionSettings(cols, m, n, num_warps=warps, num_stages=stages, max_registers=registers)
-            found.append(replace(choice, tail=tails[own]))
+            found.append(AttentionSettings(cols, m, n, num_warps=warps, num_stages=stages, max_registers=registers))
     if kernel == "fwd" and keys <= 256 and dim <= 64:
         forms = {_configs.power_of_two_parts(keys, 16, parts) for parts in (1, 3)} | {(128, 128)}
         for form, (m, warps), running in product(sorted(forms), owned, (False, True)):
             stages = 1 if running else 2  # queries that wait in shared memory would cost a program
-            form_of = {"keys": form, "running": running, "tail": tails[m]}
-            choice = AttentionSettings(cols, m, num_warps=warps, num_stages=stages, **form_of)
+            choice = AttentionSettings(cols, m, keys=form, num_warps=warps, num_stages=stages, running=running)
             found += [choice, replace(choice, max_registers=128)]
     if kernel == "bwd" and keys <= 256 and dim <= 64:
         for form, m, warps in product(((128, 128), (256,)), (16, 32, 64), (8, 16)):

@@ -1,4 +1,4 @@
-"""A block of queries against all keys of a head, which are held in tiles: three ways to the same sums."""
+"""A block of queries against all keys of a head, which are held in tiles: two ways to the same sums."""
 
 # ruff: noqa: RUF005 - Triton knows no (*parts, part)
 from __future__ import annotations
@@ -6,9 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._math import cast
 from ._softmax import LOG2_E, weights
-from ._tiles import before, inner, outer, outer_t, scaled, turned, zeros, zeros_t
+from ._tiles import before, inner, outer, scaled, zeros
 
 
 @triton.jit
@@ -55,23 +54,3 @@ def attend_by_tile(q, k, v, Nk, scale, BLOCK_M: tl.constexpr, COLS: tl.constexpr
         acc = outer(p, v[j], scaled(acc, shrink[:, None]))
         row_max = new_max
     return acc, row_max, row_sum
-
-
-@triton.jit
-def attend_in_columns(q, k, v, Nk, scale, QUERIES: tl.constexpr, COLS: tl.constexpr, KEYS: tl.constexpr):
-    """(output, row maximum, row sum) of the few queries that a head has left; see _columns.py."""
-    scores = ()
-    row_max = tl.full((QUERIES,), float("-inf"), tl.float32)
-    for j in tl.static_range(len(KEYS)):
-        tile = inner(k[j], q)
-        if j == len(KEYS) - 1:
-            tile = tl.where((before(KEYS, j) + tl.arange(0, KEYS[j]))[:, None] < Nk, tile, float("-inf"))
-        row_max = tl.maximum(row_max, tl.max(tile, 0))
-        scores = scores + (tile,)
-    total = tl.zeros((QUERIES,), tl.float32)
-    acc_t = zeros_t(COLS, QUERIES)
-    for j in tl.static_range(len(KEYS)):
-        p = weights(scores[j], row_max[None, :], scale, False)
-        total += tl.sum(p, 0)
-        acc_t = outer_t(v[j], cast(p, q[0].dtype), acc_t)
-    return turned(scaled(acc_t, 1.0 / total[None, :]), COLS), row_max, total

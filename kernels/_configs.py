@@ -44,7 +44,6 @@ class AttentionSettings:
     num_warps: int = 4
     num_stages: int = 2
     running: bool = False  # the short forward meets its tiles one by one, with a running row maximum
-    tail: int = 0  # as many rows as the last block has, or fewer, are turned into columns; a power of two from 16
     max_registers: int | None = None  # said, it keeps ptxas from spilling for the sake of occupancy
 
     @property
@@ -87,26 +86,27 @@ def attention_settings(
         return AttentionSettings(cols, 16, 32, num_warps=8, max_registers=168)
     wide = dim > 64
     cols = _half_cols(dim)
-    tail = 16 if arch // 10 == 9 and dim > 32 else 0  # wgmma takes 64 rows, and as few as 8 columns
     if kernel == "fwd":
         tiles = power_of_two_parts(keys, 16, 3)
         if sum(tiles) <= (256 if hopper else 224) and not wide:
             if hopper:  # queries that wait in shared memory, or all scores in registers, would cost a third program
-                return AttentionSettings(cols, 64, keys=tiles, num_stages=1, running=True, tail=tail)
+                return AttentionSettings(cols, 64, keys=tiles, num_stages=1, running=True)
             return AttentionSettings(cols, 64, keys=tiles)
-        registers = 128 if tail and dim <= 80 else None  # two programs share a multiprocessor
-        return AttentionSettings(
-            cols, 128, 64, num_warps=8, num_stages=2 if wide else 3, tail=tail, max_registers=registers
-        )
+        return AttentionSettings(cols, 128, 64, num_warps=8, num_stages=2 if wide else 3)
     if arch // 10 == 9 and cols == (64,):  # measured: two kernels of many small programs beat one that holds a head
-        return AttentionSettings(cols, *((64, 32) if kernel == "bwd_dq" else (32, 64)), num_stages=3, tail=tail)
+        if kernel == "bwd_dq":
+            return AttentionSettings(cols, 64, 32, num_stages=3)
+        blocks = -(-keys // 64)
+        if blocks % 2:  # 128 keys at a time would be half a block more
+            return AttentionSettings(cols, 32, 64, num_stages=3)
+        return AttentionSettings(cols, 32, 128, num_warps=8, max_registers=128)
     if kernel == "bwd_dq":
-        return AttentionSettings(cols, 64, 64 if hopper or not wide else 32, tail=tail)
+        return AttentionSettings(cols, 64, 64 if hopper or not wide else 32)
     if hopper and cols == (64,) and keys <= 256:  # dK and dV of a whole head stay in registers
         tiles = (64,) if keys <= 64 else (128,) if keys <= 128 else (128, 128)
         return AttentionSettings(cols, 32, keys=tiles, num_warps=8)
     if hopper:
-        return AttentionSettings(cols, 64 if dim <= 80 else 32, 64, tail=tail, max_registers=255)
+        return AttentionSettings(cols, 64 if dim <= 80 else 32, 64, max_registers=255)
     return AttentionSettings(cols, 32, 64, num_warps=8 if dim > 96 else 4)
 
 

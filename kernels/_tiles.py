@@ -70,15 +70,6 @@ def zeros_t(ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def turned(parts_t, COLS: tl.constexpr):
-    """(COLS[i], rows) parts as (rows, COLS[i])."""
-    parts = ()
-    for i in tl.static_range(len(COLS)):
-        parts = parts + (parts_t[i].T,)
-    return parts
-
-
-@triton.jit
 def scaled(parts, factor):
     products = ()
     for i in tl.static_range(len(parts)):

@@ -2,8 +2,7 @@
 
 Two forms of each pass. The short form (half precision, few keys: ViT at 224 pixels) gives a program a whole head and
 keeps its keys on the chip: the row maximum is exact, nothing is rescaled, and the backward computes every score once
-for dQ, dK and dV. The streaming form walks over blocks of keys and takes any length and dtype. On Hopper, the few rows
-that a head has beyond whole blocks are turned into columns (_columns.py).
+for dQ, dK and dV. The streaming form walks over blocks of keys and takes any length and dtype.
 
 Meaning: fastvit.reference.attention. Source of the ideas: "FlashAttention-2" (Dao, 2023).
 """
@@ -20,8 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attend import attend_at_once, attend_by_tile, attend_in_columns
-from ._columns import dkv_in_columns, dq_in_columns, fwd_in_columns
+from ._attend import attend_at_once, attend_by_tile
 from ._configs import AotCase, AttentionSettings, Limits, attention_settings
 from ._launch import Launch, facts, limits, run, run_on, unit_strides
 from ._math import cast
@@ -137,14 +135,11 @@ def aot_cases(arch: int = 90) -> list[AotCase]:
 def _waste(kernel: Any, tiles: dict[str, Any], tokens: int) -> float:
     """Share of a head's products that falls on padding, of queries, keys and columns."""
     owned, met = ("BLOCK_N", "BLOCK_M") if kernel is _attention_bwd_dkv_kernel else ("BLOCK_M", "BLOCK_N")
-    rest, tail = tokens % tiles[owned], tiles.get("TAIL", 0)
-    whole = tokens - rest + (tiles[owned] if rest > tail else 0)
     every_row, every_column = (
-        sum(tiles["KEYS"]) if "KEYS" in tiles else triton.cdiv(tokens, tiles[block]) * tiles[block]
+        sum(tiles["KEYS"]) if "KEYS" in tiles and block == met else triton.cdiv(tokens, tiles[block]) * tiles[block]
         for block in (met, owned)
     )
-    products = whole * every_row + (tail if 0 < rest <= tail else 0) * every_column
-    return 1 - tokens * tokens * tiles["D"] / (products * sum(tiles["COLS"]))
+    return 1 - tokens * tokens * tiles["D"] / (every_row * every_column * sum(tiles["COLS"]))
 
 
 def _check(q: Tensor, scale: float) -> None:
@@ -175,8 +170,6 @@ def _launch(
     """``rows`` are (B, H, N, D) tensors; ``form`` holds a kernel's switches."""
     unit, strides = unit_strides(rows)
     constexprs = {"D": rows[0].shape[-1], "UNIT": unit, **form}
-    if "TAIL" in kernel.arg_names:
-        constexprs["TAIL"] = settings.tail
     return Launch.of(kernel, (programs,), (*rows, *statistics, *strides, *scalars), constexprs, settings)
 
 
@@ -237,7 +230,6 @@ def _attention_fwd_kernel(
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     scale, H, Nq, Nk,
     D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,
 ):  # fmt: skip
     """One block of queries against all keys, block by block, with a running row maximum."""
     b, h, pid_m = _split_pid(tl.cdiv(Nq, BLOCK_M), H)
@@ -246,33 +238,27 @@ def _attention_fwd_kernel(
     k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
     v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
     out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
-    if TAIL and Nq - begin <= TAIL:
-        fwd_in_columns(
-            q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, stride_qn, stride_kn, stride_vn, stride_on,
-            scale, begin, (b * H + h) * Nq, Nq, Nk, D, UNIT, COLS, TAIL, BLOCK_M,
-        )  # fmt: skip
-    else:
-        offs_m = begin + tl.arange(0, BLOCK_M)
-        q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
-        row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        row_sum = tl.zeros((BLOCK_M,), tl.float32)
-        acc = zeros(BLOCK_M, COLS)
-        IEEE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-        for start_n in range(0, Nk, BLOCK_N):
-            offs_n = start_n + tl.arange(0, BLOCK_N)
-            k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
-            v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
-            # the last key block is ragged (N = 197): padded keys must not enter the row maximum
-            scores = tl.where(offs_n[None, :] < Nk, inner(q, k), float("-inf"))
-            new_max = tl.maximum(row_max, tl.max(scores, 1))
-            p = weights(scores, new_max[:, None], scale, IEEE)
-            shrink = tl.exp2((row_max - new_max) * (scale * LOG2_E))
-            row_sum = row_sum * shrink + tl.sum(p, 1)
-            acc = outer(p, v, scaled(acc, shrink[:, None]))
-            row_max = new_max
-        store(out_ptr, offs_m, stride_on, Nq, scaled(acc, 1.0 / row_sum[:, None]), D, UNIT, COLS)
-        statistics, rows = (b * H + h) * Nq + offs_m, statistic_rows(Nq, Nq, BLOCK_M)
-        save_statistics(lse_ptr, statistics, rows, offs_m < Nq, row_max, row_sum, scale, IEEE)
+    offs_m = begin + tl.arange(0, BLOCK_M)
+    q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc = zeros(BLOCK_M, COLS)
+    IEEE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    for start_n in range(0, Nk, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+        v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
+        # the last key block is ragged (N = 197): padded keys must not enter the row maximum
+        scores = tl.where(offs_n[None, :] < Nk, inner(q, k), float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        p = weights(scores, new_max[:, None], scale, IEEE)
+        shrink = tl.exp2((row_max - new_max) * (scale * LOG2_E))
+        row_sum = row_sum * shrink + tl.sum(p, 1)
+        acc = outer(p, v, scaled(acc, shrink[:, None]))
+        row_max = new_max
+    store(out_ptr, offs_m, stride_on, Nq, scaled(acc, 1.0 / row_sum[:, None]), D, UNIT, COLS)
+    statistics, rows = (b * H + h) * Nq + offs_m, statistic_rows(Nq, Nq, BLOCK_M)
+    save_statistics(lse_ptr, statistics, rows, offs_m < Nq, row_max, row_sum, scale, IEEE)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -282,7 +268,7 @@ def _attention_short_fwd_kernel(
     stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
     scale, H, Nq, Nk, blocks,
     D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, KEYS: tl.constexpr,
-    RUNNING: tl.constexpr, TAIL: tl.constexpr,
+    RUNNING: tl.constexpr,
 ):  # fmt: skip
     """Several query blocks of one head against all its keys, held in tiles of KEYS rows (197 keys: 128 + 64 + 16)."""
     b, h, pid_m = _split_pid(tl.cdiv(tl.cdiv(Nq, BLOCK_M), blocks), H)
@@ -294,23 +280,17 @@ def _attention_short_fwd_kernel(
     v = load_tiles(v_ptr, stride_vn, Nk, D, UNIT, COLS, KEYS)
     begin = pid_m * blocks * BLOCK_M
     end = tl.minimum(begin + blocks * BLOCK_M, Nq)
-    rest = (end - begin) % BLOCK_M
-    rows_end = end - rest if rest <= TAIL else end
-    for start_m in range(begin, rows_end, BLOCK_M):
+    q = load(q_ptr, begin + tl.arange(0, BLOCK_M), stride_qn, Nq, D, UNIT, COLS)
+    for start_m in range(begin, end, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+        q_next = load(q_ptr, offs_m + BLOCK_M, stride_qn, end, D, UNIT, COLS)
         if RUNNING:
             acc, row_max, row_sum = attend_by_tile(q, k, v, Nk, scale, BLOCK_M, COLS, KEYS)
         else:
             acc, row_max, row_sum = attend_at_once(q, k, v, Nk, scale, BLOCK_M, COLS, KEYS)
         store(out_ptr, offs_m, stride_on, Nq, scaled(acc, 1.0 / row_sum[:, None]), D, UNIT, COLS)
         save_statistics(lse_ptr, (b * H + h) * Nq + offs_m, 0, offs_m < Nq, row_max, row_sum, scale, False)
-    if TAIL and rows_end < end:
-        offs_m = rows_end + tl.arange(0, TAIL)
-        q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
-        acc, row_max, row_sum = attend_in_columns(q, k, v, Nk, scale, TAIL, COLS, KEYS)
-        store(out_ptr, offs_m, stride_on, Nq, acc, D, UNIT, COLS)
-        save_statistics(lse_ptr, (b * H + h) * Nq + offs_m, 0, offs_m < Nq, row_max, row_sum, scale, False)
+        q = q_next
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -320,7 +300,6 @@ def _attention_bwd_dq_kernel(
     stride_ob, stride_oh, stride_on, stride_dob, stride_doh, stride_don, stride_dqb, stride_dqh, stride_dqn,
     scale, H, Nq, Nk,
     D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,
 ):  # fmt: skip
     """One block of queries: delta = sum(dout * out), then dQ = scale * dS K with dS = P * (dout V^T - delta)."""
     b, h, pid_m = _split_pid(tl.cdiv(Nq, BLOCK_M), H)
@@ -331,32 +310,25 @@ def _attention_bwd_dq_kernel(
     out_ptr = _head(out_ptr, b, h, stride_ob, stride_oh, UNIT)
     dout_ptr = _head(dout_ptr, b, h, stride_dob, stride_doh, UNIT)
     dq_ptr = _head(dq_ptr, b, h, stride_dqb, stride_dqh, UNIT)
-    if TAIL and Nq - begin <= TAIL:
-        dq_in_columns(
-            q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, dq_ptr, lse_ptr, delta_ptr,
-            stride_qn, stride_kn, stride_vn, stride_on, stride_don, stride_dqn,
-            scale, begin, (b * H + h) * Nq, Nq, Nk, D, UNIT, COLS, TAIL, BLOCK_M,
-        )  # fmt: skip
-    else:
-        offs_m = begin + tl.arange(0, BLOCK_M)
-        statistics = (b * H + h) * Nq + offs_m
-        out = load(out_ptr, offs_m, stride_on, Nq, D, UNIT, COLS)
-        dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
-        delta = row_sum(out, dout)
-        tl.store(delta_ptr + statistics, delta, mask=offs_m < Nq)
-        q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
-        IEEE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-        top, log = load_statistics(lse_ptr, statistics, statistic_rows(Nq, Nq, BLOCK_M), offs_m < Nq, IEEE)
-        dq = zeros(BLOCK_M, COLS)
-        for start_n in range(0, Nk, BLOCK_N):
-            offs_n = start_n + tl.arange(0, BLOCK_N)
-            k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
-            v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
-            # a padded key scores 0, perhaps far above a very negative lse: its p would overflow
-            scores = tl.where(offs_n[None, :] < Nk, inner(q, k), float("-inf"))
-            p = probabilities(scores, top[:, None], log[:, None], scale, IEEE)
-            dq = outer(p * (inner(dout, v) - delta[:, None]), k, dq)
-        store(dq_ptr, offs_m, stride_dqn, Nq, scaled(dq, scale), D, UNIT, COLS)
+    offs_m = begin + tl.arange(0, BLOCK_M)
+    statistics = (b * H + h) * Nq + offs_m
+    out = load(out_ptr, offs_m, stride_on, Nq, D, UNIT, COLS)
+    dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
+    delta = row_sum(out, dout)
+    tl.store(delta_ptr + statistics, delta, mask=offs_m < Nq)
+    q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+    IEEE: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    top, log = load_statistics(lse_ptr, statistics, statistic_rows(Nq, Nq, BLOCK_M), offs_m < Nq, IEEE)
+    dq = zeros(BLOCK_M, COLS)
+    for start_n in range(0, Nk, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+        v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
+        # a padded key scores 0, perhaps far above a very negative lse: its p would overflow
+        scores = tl.where(offs_n[None, :] < Nk, inner(q, k), float("-inf"))
+        p = probabilities(scores, top[:, None], log[:, None], scale, IEEE)
+        dq = outer(p * (inner(dout, v) - delta[:, None]), k, dq)
+    store(dq_ptr, offs_m, stride_dqn, Nq, scaled(dq, scale), D, UNIT, COLS)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -366,7 +338,6 @@ def _attention_bwd_dkv_kernel(
     stride_dob, stride_doh, stride_don, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     scale, H, Nq, Nk,
     D: tl.constexpr, UNIT: tl.constexpr, COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,
 ):  # fmt: skip
     """One block of keys: dV = P^T dout, dK = scale * dS^T Q. Scores are (keys, queries): P^T needs no turning."""
     b, h, pid_n = _split_pid(tl.cdiv(Nk, BLOCK_N), H)
@@ -377,32 +348,25 @@ def _attention_bwd_dkv_kernel(
     dout_ptr = _head(dout_ptr, b, h, stride_dob, stride_doh, UNIT)
     dk_ptr = _head(dk_ptr, b, h, stride_dkb, stride_dkh, UNIT)
     dv_ptr = _head(dv_ptr, b, h, stride_dvb, stride_dvh, UNIT)
-    if TAIL and Nk - begin <= TAIL:
-        dkv_in_columns(
-            q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
-            stride_qn, stride_kn, stride_vn, stride_don, stride_dkn, stride_dvn,
-            scale, begin, (b * H + h) * Nq, Nq, Nk, D, UNIT, COLS, TAIL, BLOCK_N,
-        )  # fmt: skip
-    else:
-        offs_n = begin + tl.arange(0, BLOCK_N)
-        k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
-        v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
-        dk = zeros(BLOCK_N, COLS)
-        dv = zeros(BLOCK_N, COLS)
-        IEEE: tl.constexpr = k[0].dtype == tl.float32
-        rows = statistic_rows(Nq, Nk, BLOCK_N)
-        for start_m in range(0, Nq, BLOCK_M):
-            offs_m = start_m + tl.arange(0, BLOCK_M)
-            q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
-            dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
-            statistics = (b * H + h) * Nq + offs_m
-            top, log = load_statistics(lse_ptr, statistics, rows, offs_m < Nq, IEEE)
-            delta = tl.load(delta_ptr + statistics, mask=offs_m < Nq, other=0.0)
-            p = probabilities(inner(k, q), top[None, :], log[None, :], scale, IEEE)
-            dv = outer(p, dout, dv)
-            dk = outer(p * (inner(v, dout) - delta[None, :]), q, dk)
-        store(dk_ptr, offs_n, stride_dkn, Nk, scaled(dk, scale), D, UNIT, COLS)
-        store(dv_ptr, offs_n, stride_dvn, Nk, dv, D, UNIT, COLS)
+    offs_n = begin + tl.arange(0, BLOCK_N)
+    k = load(k_ptr, offs_n, stride_kn, Nk, D, UNIT, COLS)
+    v = load(v_ptr, offs_n, stride_vn, Nk, D, UNIT, COLS)
+    dk = zeros(BLOCK_N, COLS)
+    dv = zeros(BLOCK_N, COLS)
+    IEEE: tl.constexpr = k[0].dtype == tl.float32
+    rows = statistic_rows(Nq, Nk, BLOCK_N)
+    for start_m in range(0, Nq, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
+        dout = load(dout_ptr, offs_m, stride_don, Nq, D, UNIT, COLS)
+        statistics = (b * H + h) * Nq + offs_m
+        top, log = load_statistics(lse_ptr, statistics, rows, offs_m < Nq, IEEE)
+        delta = tl.load(delta_ptr + statistics, mask=offs_m < Nq, other=0.0)
+        p = probabilities(inner(k, q), top[None, :], log[None, :], scale, IEEE)
+        dv = outer(p, dout, dv)
+        dk = outer(p * (inner(v, dout) - delta[None, :]), q, dk)
+    store(dk_ptr, offs_n, stride_dkn, Nk, scaled(dk, scale), D, UNIT, COLS)
+    store(dv_ptr, offs_n, stride_dvn, Nk, dv, D, UNIT, COLS)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
