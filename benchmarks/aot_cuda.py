@@ -28,10 +28,13 @@ ARCHES = ("80", "90a", "100")
 STATIC_SHARED_LIMIT = 48 * 1024  # bytes a block, on every architecture
 HOPPER_SHARED_LIMIT = 227 * 1024
 # The kernels that take 8 elements a thread; the others read and write one
-VECTOR_KERNEL = re.compile(r"pass_kernel<8,|(fold_norm|layer_scale_bwd)_kernel<\w+, 8>|layernorm_(fwd|bwd)_kernel<")
-DTYPES, TILES = ("fp32", "fp16", "bf16"), ("large", "ping_pong", "small")
-# A product's name: op, dtype, tile, the residual stream's dtype and the shared memory it asks for; see csrc/cuda/sm90
-PRODUCT = re.compile(r"device_kernel<sm90::(\w+)Kernel<\(DType\)(\d), \(sm90::Tile\)(\d), (?:\(DType\)(\d), )?(\d+)>")
+VECTOR_KERNEL = re.compile(r"pass_kernel<8,|layer_scale_bwd_kernel<\w+, 8>|layernorm_(fwd|bwd)_kernel<")
+DTYPES, TILES = ("fp32", "fp16", "bf16"), ("large", "small")
+# A product's name: op, dtype, the tile where there are two, the residual stream's dtype and the shared memory it asks
+# for; see csrc/cuda/sm90
+PRODUCT = re.compile(
+    r"device_kernel<sm90::(\w+)Kernel<\(DType\)(\d), (?:\(sm90::Tile\)(\d), )?(?:\(DType\)(\d), )?(\d+)>"
+)
 
 
 def find_nvcc() -> str | None:
@@ -112,8 +115,9 @@ def name_product(row: dict) -> dict:
         return row
     op = re.sub(r"(?<!^)(?=[A-Z])", "_", match[1]).lower()
     dtype, stream = DTYPES[int(match[2])], DTYPES[int(match[4] or match[2])]
+    tile = [TILES[int(match[3])]] if match[3] else []
     row |= {
-        "kernel": f"{op} {dtype} {TILES[int(match[3])]}" + (f" {stream} stream" if stream != dtype else ""),
+        "kernel": " ".join([op, dtype, *tile]) + (f" {stream} stream" if stream != dtype else ""),
         "module": "sm90",
         "shared": int(match[5]),
     }

@@ -1,4 +1,4 @@
-"""Time every tile of Hopper's products at ViT's shapes and print the tables to commit in fastvit/ops/_tiles.py.
+"""Time every tile of Hopper's products at ViT's shapes and print the table to commit in fastvit/ops/_tiles.py.
 
     python benchmarks/tune_mlp.py [--models base,large] [--batches 1,8,64,256] [--dtypes bfloat16,float16]
 
@@ -41,7 +41,7 @@ class Product:
 
 
 def products(models: list[str], batches: list[int], dtypes: list[str]) -> Iterator[Product]:
-    """The products of a block: qkv, fc1, projection, fc2, and fc2's gradient on its way through the activation."""
+    """The products of a block: qkv, fc1, projection and fc2."""
     for model in models:
         shape = VIT_SHAPES[model]
         dim, hidden = shape.embed_dim, shape.hidden_dim
@@ -52,7 +52,6 @@ def products(models: list[str], batches: list[int], dtypes: list[str]) -> Iterat
                 yield Product("linear_act", dtype, rows, hidden, dim)
                 yield Product("linear_residual", dtype, rows, dim, dim)
                 yield Product("linear_residual", dtype, rows, dim, hidden)
-                yield Product("linear_act_grad", dtype, rows, hidden, dim)
 
 
 def why_not() -> str:
@@ -69,39 +68,15 @@ def calls(product: Product) -> dict[str, Callable[[], object]]:
         return torch.randn(*size, device="cuda", dtype=dtype)
 
     x, bias = draw(product.rows, product.depth), draw(product.cols)
-    backward = product.op == "linear_act_grad"
-    weight = draw(*((product.depth, product.cols) if backward else (product.cols, product.depth)))
-    other = draw(product.rows, product.cols) if product.op != "linear_act" else None
+    weight = draw(product.cols, product.depth)
+    residual = draw(product.rows, product.cols) if product.op == "linear_residual" else None
 
     def call(tile: str) -> object:
         if product.op == "linear_act":
-            return ops.linear_act(x, weight, bias, None, None, None, *product.finish, tile)
-        if product.op == "linear_residual":
-            return ops.linear_residual(x, weight, bias, other, bias, None, tile)
-        return ops.linear_act_grad(x, weight, other, "gelu", True, dtype, tile)
+            return ops.linear_act(x, weight, bias, *product.finish, tile)
+        return ops.linear_residual(x, weight, bias, residual, bias, None, tile)
 
-    return {tile.name: lambda name=tile.name: call(name) for tile in _tiles.TILES[product.op][product.dtype]}
-
-
-def folding(product: Product) -> dict[str, Callable[[], object]]:
-    """LayerNorm as its own pass, and folded, each with the product after it."""
-    ops, dtype = torch.ops.fastvit_cuda, getattr(torch, product.dtype)
-    x = torch.randn(product.rows, product.depth, device="cuda", dtype=dtype)
-    weight = torch.randn(product.cols, product.depth, device="cuda", dtype=dtype)
-    scale, shift = torch.randn(2, product.depth, device="cuda", dtype=dtype)
-    bias = torch.randn(product.cols, device="cuda", dtype=dtype)
-    tile = _tiles.choose(product.op, product.dtype, product.rows, product.cols, product.depth)
-
-    def apart() -> object:
-        y = ops.layernorm_fwd(x, scale, shift, 1e-6, dtype)[0]
-        return ops.linear_act(y, weight, bias, None, None, None, *product.finish, tile)
-
-    def folded() -> object:
-        mean, rstd = ops.row_stats(x, 1e-6)
-        narrow, sums, moved = ops.fold_norm(weight, scale, shift, bias)
-        return ops.linear_act(x, narrow, moved, mean, rstd, sums, *product.finish, tile)
-
-    return {"apart": apart, "folded": folded}
+    return {tile.name: lambda name=tile.name: call(name) for tile in _tiles.TILES[product.op]}
 
 
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -146,24 +121,16 @@ def main() -> int:
         return 3
     batches = [int(batch) for batch in args.batches.split(",")]
     best: dict[tuple, str] = {}
-    gains: dict[tuple[str, int, int], list[float]] = {}
     for product in products(args.models.split(","), batches, args.dtypes.split(",")):
         times = medians(calls(product))
         key = (product.op, product.dtype, product.rows, product.cols, product.depth)
         best[key] = min(times, key=lambda name: times[name])
         print("#", *key, {name: round(time, 1) for name, time in times.items()}, file=sys.stderr)
-        if product.op == "linear_act":
-            both = medians(folding(product))
-            gains.setdefault((product.dtype, product.cols, product.depth), []).append(both["apart"] / both["folded"])
-    folded = [key for key, ratios in gains.items() if min(ratios) > 1.0]  # at every number of rows, or not at all
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}")
     print("TIMED: dict[tuple[str, str, int, int, int], str] = {")
     for key, name in best.items():
         print(f"    {key}: {name!r},".replace("'", '"'))
-    print("}\nFOLDED: frozenset[tuple[str, int, int]] = frozenset({")
-    for key in folded:
-        print(f"    {key},".replace("'", '"'))
-    print("})")
+    print("}")
     return 0
 
 

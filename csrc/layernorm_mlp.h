@@ -124,22 +124,10 @@ struct SumPartials {
 };
 cudaError_t launch_sum_partials(const SumPartials& p, cudaStream_t stream);
 
-// LayerNorm's weight and bias put into the linear layer that follows it, so that
-// linear(layernorm(x)) = rstd * (x folded^T - mean * sums) + shift
-struct FoldNorm {
-  Matrix weight;                  // (O, E)
-  Vector norm_weight, norm_bias;  // (E,) optional, float32 or weight's dtype
-  Vector bias;                    // (O,) optional, float32 or weight's dtype
-  Matrix folded;                  // (O, E) weight * norm_weight in weight's dtype
-  float *sums, *shift;            // (O,)   sums of the rounded `folded`; bias + weight norm_bias
-  int64_t rows, cols;             // O, E
-};
-cudaError_t launch_fold_norm(const FoldNorm& p, cudaStream_t stream);
-
-// From g = (dout * row_scale)^T input, as P matrices to be added, and sums = column sums of dout * row_scale:
+// From g = (dout * row_scale)^T input and sums = column sums of dout * row_scale:
 // dweight = layer_scale g,  dbias = layer_scale sums,  dlayer_scale_j = <weight_j, g_j> + bias_j sums_j
 struct LayerScaleBwd {
-  Matrix g;             // (P O, C) float32
+  Matrix g;             // (O, C) float32
   Matrix weight;        // (O, C)
   Vector bias;          // (O,)   optional, weight's dtype
   const float* sums;    // (O,)   optional
@@ -148,7 +136,6 @@ struct LayerScaleBwd {
   Vector dbias;         // (O,)   optional, weight's dtype
   Vector dlayer_scale;  // (O,)   layer_scale's dtype
   int64_t rows, cols;   // O, C
-  int parts;            // P
 };
 cudaError_t launch_layer_scale_bwd(const LayerScaleBwd& p, cudaStream_t stream);
 

@@ -143,8 +143,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 #define threadIdx (cuda_on_cpu::current->thread)
 #define blockIdx (cuda_on_cpu::block_index)
-#define blockDim (cuda_on_cpu::block_size)
-#define gridDim (cuda_on_cpu::grid_size)
+// no macros: a launch's configuration has members of these names
+inline dim3& blockDim = cuda_on_cpu::block_size;
+inline dim3& gridDim = cuda_on_cpu::grid_size;
 
 inline void __syncthreads() {
   cuda_on_cpu::wait(cuda_on_cpu::kBarrier);

@@ -34,21 +34,8 @@ def layernorm_fwd(x, weight, bias, eps, dtype):
     return (y if bias is None else y + bias).to(dtype), mean, rstd
 
 
-def row_stats(x, eps):
-    return layernorm_fwd(x, None, None, eps, x.dtype)[1:]
-
-
-def fold_norm(weight, norm_weight, norm_bias, bias):
-    wf = wide(weight)
-    folded = (wf if norm_weight is None else wf * norm_weight).to(weight.dtype)
-    shift = wf.new_zeros(wf.shape[0]) if norm_bias is None else wf @ wide(norm_bias)
-    return folded, wide(folded).sum(1), shift if bias is None else shift + bias
-
-
-def linear_act(x, weight, bias, mean, rstd, sums, act, save, tile):
+def linear_act(x, weight, bias, act, save, tile):
     h = wide(x) @ wide(weight).t()
-    h = h if sums is None else h - mean[:, None] * sums
-    h = h if rstd is None else h * rstd[:, None]
     h = h if bias is None else h + bias
     y = h if act == "none" else h * gate(h, act)[0]
     return y.to(x.dtype), h.to(x.dtype) if save else x.new_empty(0)
@@ -61,7 +48,7 @@ def linear_residual(x, weight, bias, residual, layer_scale, row_scale, tile):
     return (residual + (branch if row_scale is None else branch * row_scale[:, None])).to(residual.dtype)
 
 
-def linear_act_grad(dy, weight, h, act, want_a, sums, tile):
+def linear_act_grad(dy, weight, h, act, want_a, sums):
     value, slope = gate(wide(h), act)
     dh = (wide(dy) @ wide(weight)) * (value + wide(h) * slope)
     a = (wide(h) * value).to(h.dtype) if want_a else h.new_empty(0)
@@ -70,7 +57,7 @@ def linear_act_grad(dy, weight, h, act, want_a, sums, tile):
 
 def layernorm_linear_act(x, norm_weight, norm_bias, weight, bias, eps, act, save, tile):
     y, mean, rstd = layernorm_fwd(x, norm_weight, norm_bias, eps, weight.dtype)
-    return *linear_act(y, weight, bias, None, None, None, act, save, tile), mean, rstd
+    return *linear_act(y, weight, bias, act, save, tile), mean, rstd
 
 
 def layernorm_mlp_residual(x, nw, nb, w1, b1, w2, b2, layer_scale, row_scale, eps, act, save, tile1, tile2):
@@ -129,7 +116,6 @@ def column_sum(x, dtype):
 
 
 def layer_scale_bwd(g, weight, bias, sums, layer_scale):
-    g = g.view(-1, *weight.shape).sum(0)
     scale_f = wide(layer_scale)
     dlayer_scale = (g * wide(weight)).sum(1)
     if bias is not None and sums is not None:
@@ -140,8 +126,6 @@ def layer_scale_bwd(g, weight, bias, sums, layer_scale):
 
 PASSES = (
     layernorm_fwd,
-    row_stats,
-    fold_norm,
     layernorm_bwd,
     act_fwd,
     act_bwd,

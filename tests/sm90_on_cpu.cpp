@@ -45,8 +45,7 @@ cudaError_t launch_linear_act(const LinearAct& p, cudaStream_t) {
   for (int64_t m = 0; m < p.rows; ++m) {
     for (int64_t n = 0; n < p.cols; ++n) {
       const float sum = dot(&x[m * p.depth], &weight[n * p.depth], p.depth);
-      const float mean = p.mean == nullptr ? 0.f : p.mean[m], rstd = p.rstd == nullptr ? 1.f : p.rstd[m];
-      const float h = std::fma(rstd, std::fma(-mean, param<T>(p.sums, n, 0.f), sum), param<T>(p.bias, n, 0.f));
+      const float h = sum + param<T>(p.bias, n, 0.f);
       const float y = p.act == Activation::kGelu ? activate<Activation::kGelu, true>(h) : h * gate_of(p.act, h).value;
       if (p.h.data != nullptr) row_of<T>(p.h, m)[n] = from_float<T>(h);
       row_of<T>(p.y, m)[n] = from_float<T>(y);
@@ -71,15 +70,17 @@ cudaError_t launch_linear_residual(const LinearResidual& p, cudaStream_t) {
   return cudaGetLastError();
 }
 
-template <DType DTYPE, Tile TILE>
+template <DType DTYPE>
 cudaError_t launch_linear_act_grad(const LinearActGrad& p, cudaStream_t) {
   using T = ElementOf<DTYPE>;
-  const int64_t tile_rows = kTileRows[int(TILE)], tile_cols = kTileCols[int(TILE)];
+  const int64_t tile_rows = kLinearActGradTile.rows, tile_cols = kLinearActGradTile.cols;
   const int64_t stride = (p.cols + tile_cols - 1) / tile_cols * tile_cols;
   const auto dy = wide<T>(p.dy, p.rows, p.depth), weight = wide<T>(p.weight, p.depth, p.cols);
+  constexpr int kLanes = 8;  // a warp's rows lie in as many lanes, each of which adds up its own
+  std::vector<float> lanes(kLanes * stride);
   for (int64_t m = 0; m < p.rows; ++m) {
     float* partials = p.partials == nullptr ? nullptr : p.partials + m / tile_rows * stride;
-    if (partials != nullptr && m % tile_rows == 0) std::fill(partials, partials + stride, 0.f);
+    if (m % tile_rows == 0) std::fill(lanes.begin(), lanes.end(), 0.f);
     for (int64_t n = 0; n < p.cols; ++n) {
       float da = 0.f;
       for (int64_t k = 0; k < p.depth; ++k) da += dy[m * p.depth + k] * weight[k * p.cols + n];
@@ -88,8 +89,11 @@ cudaError_t launch_linear_act_grad(const LinearActGrad& p, cudaStream_t) {
       const float dh = da * std::fma(h, g.slope, g.value);
       row_of<T>(p.dh, m)[n] = from_float<T>(dh);
       if (p.a.data != nullptr) row_of<T>(p.a, m)[n] = from_float<T>(h * g.value);
-      if (partials != nullptr) partials[n] += dh;
+      lanes[m % kLanes * stride + n] += dh;
     }
+    if (partials == nullptr || (m + 1 < p.rows && (m + 1) % tile_rows != 0)) continue;
+    std::fill(partials, partials + stride, 0.f);
+    for (size_t i = 0; i < lanes.size(); ++i) partials[i % stride] += lanes[i];
   }
   return cudaGetLastError();
 }
@@ -98,15 +102,11 @@ cudaError_t launch_linear_act_grad(const LinearActGrad& p, cudaStream_t) {
   template cudaError_t launch_linear_act<DTYPE, TILE>(const LinearAct&, cudaStream_t);                  \
   template cudaError_t launch_linear_residual<DTYPE, TILE, DTYPE>(const LinearResidual&, cudaStream_t); \
   template cudaError_t launch_linear_residual<DTYPE, TILE, DType::kFloat32>(const LinearResidual&, cudaStream_t);
-#define FASTVIT_GRAD_TILE(DTYPE, TILE) \
-  template cudaError_t launch_linear_act_grad<DTYPE, TILE>(const LinearActGrad&, cudaStream_t);
 FASTVIT_TILE(DType::kBFloat16, Tile::kLarge)
-FASTVIT_TILE(DType::kBFloat16, Tile::kPingPong)
 FASTVIT_TILE(DType::kBFloat16, Tile::kSmall)
-FASTVIT_TILE(DType::kFloat16, Tile::kPingPong)
+FASTVIT_TILE(DType::kFloat16, Tile::kLarge)
 FASTVIT_TILE(DType::kFloat16, Tile::kSmall)
-FASTVIT_GRAD_TILE(DType::kBFloat16, Tile::kLarge)
-FASTVIT_GRAD_TILE(DType::kBFloat16, Tile::kPingPong)
-FASTVIT_GRAD_TILE(DType::kFloat16, Tile::kPingPong)
+template cudaError_t launch_linear_act_grad<DType::kBFloat16>(const LinearActGrad&, cudaStream_t);
+template cudaError_t launch_linear_act_grad<DType::kFloat16>(const LinearActGrad&, cudaStream_t);
 
 }  // namespace fastvit::sm90

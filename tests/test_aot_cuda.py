@@ -8,7 +8,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PRODUCT = "cutlass::device_kernel<fastvit::sm90::LinearActGradKernel<(fastvit::DType)2, (fastvit::sm90::Tile)1, {}> >"
+PRODUCT = "cutlass::device_kernel<fastvit::sm90::LinearResidualKernel<(fastvit::DType)2, (fastvit::sm90::Tile)1, {}> >"
 USAGE = """
 Resource usage:
  Common:
@@ -80,12 +80,14 @@ def test_products_by_their_names(aot, monkeypatch):
 
     found = named(197120)
     assert (found["kernel"], found["shared"], found["problems"]) == (
-        "sm90: linear_act_grad bf16 ping_pong",
+        "sm90: linear_residual bf16 small",
         197120,
         [],
     )
-    assert named("(fastvit::DType)2, 197120")["kernel"] == "sm90: linear_act_grad bf16 ping_pong"
-    assert named("(fastvit::DType)0, 197120")["kernel"] == "sm90: linear_act_grad bf16 ping_pong fp32 stream"
+    assert named("(fastvit::DType)2, 197120")["kernel"] == "sm90: linear_residual bf16 small"
+    assert named("(fastvit::DType)0, 197120")["kernel"] == "sm90: linear_residual bf16 small fp32 stream"
+    monkeypatch.setattr(sys.modules[__name__], "PRODUCT", "device_kernel<sm90::LinearActGradKernel<(DType)1, {}> >")
+    assert named(197120)["kernel"] == "sm90: linear_act_grad fp16"
     assert named(250000)["problems"] == ["shared memory 250000 above 232448"]
     assert named(197120, wgmmas=0)["problems"] == ["no wgmma"]
 

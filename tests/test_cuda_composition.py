@@ -11,7 +11,7 @@ import torch
 from cuda_passes import JOINED, PASSES, PRODUCTS, gate, wide
 
 from fastvit import reference, testing
-from fastvit.ops import _cuda, _sm90, _tiles
+from fastvit.ops import _cuda, _sm90
 
 
 @pytest.fixture(autouse=True, params=["cublas", "hopper", "joined"])
@@ -263,16 +263,6 @@ def test_gates_of_the_kernels():
         (derivative,) = torch.autograd.grad(exact.sum(), h)
         torch.testing.assert_close(h * value, exact, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(value + h * slope, derivative, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("op", ["layernorm_linear", "layernorm_mlp"])
-def test_folded_layernorm(op, dtype, monkeypatch):
-    """Folding changes the rounding, not the result; a float32 x is not folded, for it is no operand."""
-    given = build(op, "all", dtype)
-    name = "weight" if op == "layernorm_linear" else "fc1_weight"
-    monkeypatch.setattr(_tiles, "FOLDED", frozenset({(str(dtype)[6:], *given[name].shape)}))
-    prove(op, given)
 
 
 def test_products_take_what_they_can(passes, monkeypatch):

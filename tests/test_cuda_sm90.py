@@ -4,6 +4,7 @@ Where torch.cuda.is_available() on compute capability 9.0 the kernels run; every
 loops with the kernels' own epilogue arithmetic (sm90_on_cpu.cpp), which models their rounding.
 """
 
+import itertools
 import re
 from pathlib import Path
 
@@ -18,8 +19,7 @@ from fastvit.ops import _tiles
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 ON_GPU = "the products run on a GPU of compute capability 9.0"
-TILES = [(BF16, "large"), (BF16, "ping_pong"), (BF16, "small"), (F16, "ping_pong"), (F16, "small")]
-GRAD_TILES = [case for case in TILES if case[1] != "small"]
+TILES = list(itertools.product([BF16, F16], ["large", "small"]))
 
 
 @pytest.fixture(params=DEVICES)
@@ -50,9 +50,9 @@ def test_linear_act(device, dtype, tile, act):
     for rows, cols, depth in shapes(device):
         x, weight = device.draw(rows, depth, dtype=dtype), device.draw(cols, depth, dtype=dtype, scale=depth**-0.5)
         bias = device.draw(cols, dtype=dtype)
-        prove(device, "linear_act", x, weight, bias, None, None, None, act, True, tile)
-        prove(device, "linear_act", x, weight, bias.to(F32), None, None, None, act, False, tile)
-        prove(device, "linear_act", x, weight, None, None, None, None, act, True, tile)
+        prove(device, "linear_act", x, weight, bias, act, True, tile)
+        prove(device, "linear_act", x, weight, bias.to(F32), act, False, tile)
+        prove(device, "linear_act", x, weight, None, act, True, tile)
 
 
 @pytest.mark.parametrize("stream", ["same", "float32"])
@@ -82,12 +82,12 @@ def test_joined_calls_are_their_parts(device, stream, save):
     w2, b2 = device.draw(width, hidden, dtype=BF16, scale=0.1), device.draw(width, dtype=BF16)
     scales = device.draw(width, dtype=BF16), device.draw(rows)
     y, mean, rstd = ops.layernorm_fwd(x, *norm, 1e-6, BF16)
-    a, h = ops.linear_act(y, w1, b1, None, None, None, "gelu", save, "small")
-    out = ops.linear_residual(a, w2, b2, x, *scales, "ping_pong")
+    a, h = ops.linear_act(y, w1, b1, "gelu", save, "small")
+    out = ops.linear_residual(a, w2, b2, x, *scales, "large")
     joined = ops.layernorm_linear_act(x, *norm, w1, b1, 1e-6, "gelu", save, "small")
     for part, whole in zip((a, h, mean, rstd), joined, strict=True):
         assert torch.equal(part, whole)
-    joined = ops.layernorm_mlp_residual(x, *norm, w1, b1, w2, b2, *scales, 1e-6, "gelu", save, "small", "ping_pong")
+    joined = ops.layernorm_mlp_residual(x, *norm, w1, b1, w2, b2, *scales, 1e-6, "gelu", save, "small", "large")
     for part, whole in zip((out, h, mean, rstd), joined, strict=True):
         assert torch.equal(part, whole)
 
@@ -100,13 +100,13 @@ def autocast_linear_residual(x, weight, bias, residual, layer_scale, row_scale, 
 
 
 @pytest.mark.parametrize("act", reference.ACTIVATIONS)
-@pytest.mark.parametrize(("dtype", "tile"), GRAD_TILES)
-def test_linear_act_grad(device, dtype, tile, act):
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_linear_act_grad(device, dtype, act):
     for rows, cols, depth in shapes(device):
         dy, weight = device.draw(rows, depth, dtype=dtype), device.draw(depth, cols, dtype=dtype, scale=depth**-0.5)
         h = device.draw(rows, cols, dtype=dtype, scale=2.0)
-        prove(device, "linear_act_grad", dy, weight, h, act, True, dtype, tile)
-        prove(device, "linear_act_grad", dy, weight, h, act, False, None, tile)
+        prove(device, "linear_act_grad", dy, weight, h, act, True, dtype)
+        prove(device, "linear_act_grad", dy, weight, h, act, False, None)
 
 
 def test_rows_of_a_larger_buffer(device):
@@ -116,48 +116,13 @@ def test_rows_of_a_larger_buffer(device):
         return device.draw(*size, dtype=BF16, slices=True)
 
     x, weight, residual = part(rows, depth), part(cols, depth), part(rows, cols)
-    prove(device, "linear_act", x, weight, None, None, None, None, "gelu", True, "ping_pong")
+    prove(device, "linear_act", x, weight, None, "gelu", True, "large")
     prove(device, "linear_residual", x, weight, None, residual, None, None, "large")
     wide = device.draw(rows, cols, slices=True)
-    prove(device, "linear_residual", x, weight, None, wide, None, None, "ping_pong", stock=autocast_linear_residual)
-    prove(device, "linear_act_grad", x, part(depth, cols), part(rows, cols), "gelu", True, BF16, "large")
+    prove(device, "linear_residual", x, weight, None, wide, None, None, "large", stock=autocast_linear_residual)
+    prove(device, "linear_act_grad", x, part(depth, cols), part(rows, cols), "gelu", True, BF16)
     single = device.draw(67, dtype=BF16).as_strided((1, depth), (67, 1))  # the stride of one row means nothing
-    prove(device, "linear_act", single, weight, None, None, None, None, "gelu", True, "small")
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("width", [33, 192, 768])
-def test_statistics_and_folding(device, width, dtype):
-    x, weight = device.draw(19, width, dtype=dtype, shift=0.5), device.draw(40, width, dtype=dtype)
-    norm_weight, norm_bias = device.draw(width, dtype=dtype), device.draw(width, dtype=F32)
-    bias = device.draw(40, dtype=dtype)
-    prove(device, "row_stats", x, 1e-6)
-    prove(device, "fold_norm", weight, norm_weight, norm_bias, bias)
-    prove(device, "fold_norm", weight, None, None, None)
-    _, mean, rstd = device.ops.layernorm_fwd(x, None, None, 1e-6, dtype)
-    for got, wanted in zip(device.ops.row_stats(x, 1e-6), (mean, rstd), strict=True):
-        assert torch.equal(got, wanted)
-
-
-@pytest.mark.parametrize("dtype", [BF16, F16])
-@pytest.mark.parametrize("outliers", ["none", "a small weight", "a weight of one"])
-@pytest.mark.parametrize("shape", list(testing.VIT_SHAPES))
-def test_folded_layernorm(device, shape, outliers, dtype):
-    """linear(layer_norm(x)) from x itself is as accurate as stock PyTorch, outlier channels or not."""
-    tokens, width, cols = 65, testing.VIT_SHAPES[shape].embed_dim, 96
-    x, norm_weight = device.draw(tokens, width, shift=0.2), device.draw(width, scale=0.1, shift=1.0)
-    if outliers != "none":
-        x[:, ::97] *= 100
-    if outliers == "a small weight":  # as trained models have it
-        norm_weight[::97] *= 0.1
-    weight, norm_bias = device.draw(cols, width, scale=width**-0.5), device.draw(width, scale=0.1)
-    given = [t.to(dtype) for t in (x, norm_weight, norm_bias, weight, device.draw(cols, scale=0.1))]
-    x, norm_weight, norm_bias, weight, bias = given
-    mean, rstd = device.ops.row_stats(x, 1e-6)
-    folded, sums, shift = device.ops.fold_norm(weight, norm_weight, norm_bias, bias)
-    ours, _ = device.ops.linear_act(x, folded, shift, mean, rstd, sums, "none", False, "ping_pong")
-    exact = reference.layernorm_linear(*(t.double() for t in given), eps=1e-6)
-    testing.assert_as_accurate(ours, reference.layernorm_linear(*given, eps=1e-6), exact)
+    prove(device, "linear_act", single, weight, None, "gelu", True, "small")
 
 
 def test_bias_gradient_of_outlier_channels(device):
@@ -166,16 +131,16 @@ def test_bias_gradient_of_outlier_channels(device):
     dy, weight = device.draw(rows, depth, dtype=BF16), device.draw(depth, cols, dtype=BF16, scale=depth**-0.5)
     weight[:, ::7] *= 100
     h = device.draw(rows, cols, dtype=BF16)
-    *_, sums = device.ops.linear_act_grad(dy, weight, h, "gelu", False, F32, "ping_pong")
-    exact = cuda_passes.linear_act_grad(dy.double(), weight.double(), h.double(), "gelu", False, torch.float64, "")[2]
+    *_, sums = device.ops.linear_act_grad(dy, weight, h, "gelu", False, F32)
+    exact = cuda_passes.linear_act_grad(dy.double(), weight.double(), h.double(), "gelu", False, torch.float64)[2]
     assert ((sums.double() - exact).abs() <= 1e-4 * exact.abs() + 1e-3 * weight.abs().amax(0)).all()
 
 
 def test_errors_name_tensor_rule_and_what_came(device):
     ops, x, weight = device.ops, device.draw(8, 64, dtype=BF16), device.draw(16, 64, dtype=BF16)
 
-    def linear(x=x, weight=weight, bias=None, mean=None, act="gelu", tile="ping_pong"):
-        return ops.linear_act(x, weight, bias, mean, None, None, act, False, tile)
+    def linear(x=x, weight=weight, bias=None, act="gelu", tile="large"):
+        return ops.linear_act(x, weight, bias, act, False, tile)
 
     with pytest.raises(RuntimeError, match=r"linear_act: weight has shape \(16, 56\), expected \(16, 64\) like x"):
         linear(weight=weight[:, :56])
@@ -195,12 +160,8 @@ def test_errors_name_tensor_rule_and_what_came(device):
         linear(x=x[:1].expand(8, 64))
     with pytest.raises(RuntimeError, match="act is 'relu', expected 'gelu', 'gelu_tanh' or 'quick_gelu'"):
         linear(act="relu")
-    with pytest.raises(RuntimeError, match="tile is 'huge', expected 'large', 'ping_pong' or 'small'"):
+    with pytest.raises(RuntimeError, match="tile is 'huge', expected 'large' or 'small'"):
         linear(tile="huge")
-    with pytest.raises(RuntimeError, match="tile 'large' is not compiled for this dtype and op"):
-        linear(x=x.to(F16), weight=weight.to(F16), tile="large")
-    with pytest.raises(RuntimeError, match="one of mean and sums is missing, expected both or none"):
-        linear(mean=device.draw(8))
     with pytest.raises(RuntimeError, match=r"bias has shape \(8\), expected \(16\) like weight"):
         linear(bias=device.draw(8))
     with pytest.raises(RuntimeError, match=r"residual has shape \(8, 64\), expected \(8, 16\) like x and weight"):
@@ -210,7 +171,7 @@ def test_errors_name_tensor_rule_and_what_came(device):
     with pytest.raises(RuntimeError, match="residual is misaligned, expected rows that start at multiples of 16 bytes"):
         ops.linear_residual(x, weight, None, device.draw(8, 18)[:, 1:17], None, None, "small")
     with pytest.raises(RuntimeError, match=r"h has shape \(8, 64\), expected \(8, 16\) like dy and weight"):
-        ops.linear_act_grad(x, weight.t().contiguous(), x, "gelu", False, None, "large")
+        ops.linear_act_grad(x, weight.t().contiguous(), x, "gelu", False, None)
 
 
 @pytest.mark.parametrize("op", list(_tiles.TILES))
@@ -218,34 +179,36 @@ def test_errors_name_tensor_rule_and_what_came(device):
 def test_the_rule_chooses_what_is_compiled(op, dtype):
     for rows in (1, 64, 197, 1576, 50432, 1 << 30):
         for cols, depth in ((768, 768), (3072, 768), (768, 3072), (8, 8)):
-            assert _tiles.choose(op, dtype, rows, cols, depth) in {tile.name for tile in _tiles.TILES[op][dtype]}
+            assert _tiles.choose(op, dtype, rows, cols, depth) in {tile.name for tile in _tiles.TILES[op]}
 
 
 def test_the_rule_follows_the_waves():
     assert _tiles.choose("linear_act", "bfloat16", 197, 3072, 768) == "small"  # batch 1 must spread
-    assert _tiles.choose("linear_act", "bfloat16", 50000, 3072, 768) == "ping_pong"  # a short K: hide the epilogue
+    assert _tiles.choose("linear_residual", "bfloat16", 197, 768, 3072) == "small"
+    assert _tiles.choose("linear_act", "bfloat16", 50000, 3072, 768) == "large"
     assert _tiles.choose("linear_residual", "bfloat16", 50000, 768, 3072) == "large"
 
 
 def test_a_timed_tile_goes_before_the_rule(monkeypatch):
     key = ("linear_act", "bfloat16", 50000, 3072, 768)
-    monkeypatch.setitem(_tiles.TIMED, key, "large")
+    monkeypatch.setitem(_tiles.TIMED, key, "small")
     _tiles.choose.cache_clear()
-    assert _tiles.choose(*key) == "large"
+    assert _tiles.choose(*key) == "small"
     _tiles.choose.cache_clear()
 
 
-def test_tiles_are_those_of_the_kernels():
+@pytest.mark.parametrize("op", list(_tiles.TILES))
+def test_tiles_are_those_of_the_kernels(op):
+    table = {"linear_act": "kLinearActTiles", "linear_residual": "kLinearResidualTiles"}[op]
     header = (Path(__file__).parent.parent / "csrc" / "cuda" / "sm90" / "gemm.h").read_text()
-    for values, field in (("kTileRows", "rows"), ("kTileCols", "cols")):
-        sizes = re.search(values + r"\[kTiles\] = \{([\d, ]+)\}", header)[1].split(", ")
-        tiles = (_tiles.LARGE, _tiles.PING_PONG, _tiles.SMALL)
-        assert [int(size) for size in sizes] == [getattr(tile, field) for tile in tiles]
-    for (op, dtype, *_), name in _tiles.TIMED.items():
-        assert name in {tile.name for tile in _tiles.TILES[op][dtype]}
+    sizes = re.findall(r"\{([\d, ]+)\}", re.search(table + r"\[\] = \{(.*)\};", header)[1])
+    tiles = [f"{tile.rows}, {tile.cols}, {tile.cluster[0]}, {tile.cluster[1]}" for tile in _tiles.TILES[op]]
+    assert sizes == tiles
+    for name in _tiles.TIMED.values():
+        assert name in {tile.name for tile in _tiles.TILES[op]}
 
 
-@pytest.mark.parametrize("tile", ["large", "ping_pong"])
+@pytest.mark.parametrize("tile", ["large", "small"])
 def test_many_rows(gpu, tile):
     """ViT-B/16 at batch 256, every row looked at: many waves of tiles, each with its own part of the sums."""
     rows, cols, depth = 50432, 3072, 768
@@ -253,13 +216,13 @@ def test_many_rows(gpu, tile):
     h = torch.randn(rows, cols, dtype=BF16, device="cuda")
     weight *= depth**-0.5
     back = weight.t().contiguous()
-    y, pre = gpu.ops.linear_act(x, weight, None, None, None, None, "gelu", True, tile)
-    dh, a, sums = gpu.ops.linear_act_grad(x, back, h, "gelu", True, F32, tile)
+    y, pre = gpu.ops.linear_act(x, weight, None, "gelu", True, tile)
+    dh, a, sums = gpu.ops.linear_act_grad(x, back, h, "gelu", True, F32)
     residual = gpu.ops.linear_residual(a, back, None, x, None, None, tile)
     total = torch.zeros(cols, dtype=torch.float64, device="cuda")
     for part in torch.arange(rows, device="cuda").split(8192):
-        wanted = cuda_passes.linear_act(x[part], weight, None, None, None, None, "gelu", True, tile)
-        wanted += cuda_passes.linear_act_grad(x[part], back, h[part], "gelu", True, None, tile)[:2]
+        wanted = cuda_passes.linear_act(x[part], weight, None, "gelu", True, tile)
+        wanted += cuda_passes.linear_act_grad(x[part], back, h[part], "gelu", True, None)[:2]
         wanted += (cuda_passes.linear_residual(a[part], back, None, x[part], None, None, tile),)
         for got, expected in zip((y, pre, dh, a, residual), wanted, strict=True):
             torch.testing.assert_close(got[part], expected, rtol=2**-7, atol=2e-3)
@@ -271,12 +234,9 @@ def test_every_tile_gives_the_same_bits(gpu):
     """So that the choice of a tile, which depends on the number of rows, never shows in a result."""
     x, weight = gpu.draw(1000, 768, dtype=BF16), gpu.draw(3072, 768, dtype=BF16, scale=0.03)
     bias = gpu.draw(3072, dtype=BF16)
-    first = gpu.ops.linear_act(x, weight, bias, None, None, None, "gelu", True, "large")
-    for tile in ("ping_pong", "small"):
-        for got, wanted in zip(
-            gpu.ops.linear_act(x, weight, bias, None, None, None, "gelu", True, tile), first, strict=True
-        ):
-            assert torch.equal(got, wanted), tile
+    large, small = (gpu.ops.linear_act(x, weight, bias, "gelu", True, tile) for tile in ("large", "small"))
+    for got, wanted in zip(small, large, strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
@@ -294,10 +254,10 @@ def test_an_image_does_not_see_its_batch(gpu, dtype):
 def test_same_bits_every_time_on_any_stream(gpu):
     dy, weight = gpu.draw(50432, 768, dtype=BF16), gpu.draw(768, 3072, dtype=BF16, scale=0.03)
     h = gpu.draw(50432, 3072, dtype=BF16)
-    first = gpu.ops.linear_act_grad(dy, weight, h, "gelu", True, F32, "ping_pong")
+    first = gpu.ops.linear_act_grad(dy, weight, h, "gelu", True, F32, "large")
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        again = gpu.ops.linear_act_grad(dy, weight, h, "gelu", True, F32, "ping_pong")
+        again = gpu.ops.linear_act_grad(dy, weight, h, "gelu", True, F32, "large")
         torch.cuda.current_stream().synchronize()
     for got, wanted in zip(again, first, strict=True):
         assert torch.equal(got, wanted)
@@ -305,10 +265,10 @@ def test_same_bits_every_time_on_any_stream(gpu):
 
 def test_captured_by_a_graph(gpu):
     x, weight = gpu.draw(197, 768, dtype=BF16), gpu.draw(3072, 768, dtype=BF16, scale=0.03)
-    wanted, _ = gpu.ops.linear_act(x, weight, None, None, None, None, "gelu", False, "small")
+    wanted, _ = gpu.ops.linear_act(x, weight, None, "gelu", False, "small")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = gpu.ops.linear_act(x, weight, None, None, None, None, "gelu", False, "small")
+        out, _ = gpu.ops.linear_act(x, weight, None, "gelu", False, "small")
     out.zero_()
     graph.replay()
     torch.cuda.synchronize()
@@ -318,7 +278,7 @@ def test_captured_by_a_graph(gpu):
 def test_more_than_two_to_the_31_elements(gpu):
     rows, depth, cols = 700_016, 64, 3072
     x, weight = torch.randn(rows, depth, dtype=BF16, device="cuda"), gpu.draw(cols, depth, dtype=BF16)
-    y, h = gpu.ops.linear_act(x, weight, None, None, None, None, "gelu", True, "large")
-    last = gpu.ops.linear_act(x[-128:].clone(), weight, None, None, None, None, "gelu", True, "large")
+    y, h = gpu.ops.linear_act(x, weight, None, "gelu", True, "large")
+    last = gpu.ops.linear_act(x[-128:].clone(), weight, None, "gelu", True, "large")
     assert torch.equal(y[-128:], last[0])
     assert torch.equal(h[-128:], last[1])

@@ -215,9 +215,9 @@ inline int multiprocessors() {
   return multiprocessors(device);
 }
 
-// Programmatic dependent launch, from Hopper on: the next kernel of a stream is set up while this one still runs. With few
-// rows that is a good part of its time. A kernel launched so calls await_previous() before it touches memory: all work
-// before it in the stream is then done, for each kernel waits for the one before it.
+// Programmatic dependent launch, from Hopper on: the next kernel of a stream is set up while this one still runs. With
+// few rows that is a good part of its time. A kernel launched so calls await_previous() before it touches memory: all
+// work before it in the stream is then done, for each kernel waits for the one before it.
 __device__ inline void await_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -231,7 +231,16 @@ __device__ inline void allow_next() {
 #endif
 }
 
-// Whether what runs on this device was compiled with the wait in it: code for an older architecture may stand in for it.
+// Into L2 ahead of its use, also of what the previous kernel may still write: L2 is where that would show.
+__device__ inline void prefetch(const Vector& p, int64_t index) {
+#ifdef __CUDA_ARCH__
+  const auto* at = static_cast<const char*>(p.data) + index * (p.dtype == DType::kFloat32 ? 4 : 2);
+  if (p.data != nullptr) asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#endif
+}
+
+// Whether what runs on this device was compiled with the wait in it: code for an older architecture may stand in for
+// it.
 template <auto* KERNEL>
 bool can_overlap(int device) {
   constexpr int kDevices = 64;
@@ -240,7 +249,8 @@ bool can_overlap(int device) {
   if (device < 0 || device >= kDevices) return false;
   if (known[device] == kUnknown) {
     cudaFuncAttributes facts{};
-    const bool waits = cudaFuncGetAttributes(&facts, reinterpret_cast<const void*>(KERNEL)) == cudaSuccess && facts.ptxVersion >= 90;
+    const bool waits =
+        cudaFuncGetAttributes(&facts, reinterpret_cast<const void*>(KERNEL)) == cudaSuccess && facts.ptxVersion >= 90;
     known[device] = waits ? kYes : kNo;
   }
   return known[device] == kYes;

@@ -48,42 +48,6 @@ int64_t samples(const Checks& checks, const MaybeTensor& row_scale, int64_t rows
   return count;
 }
 
-std::tuple<Tensor, Tensor> row_stats(Tensor x, double eps) {
-  const Checks checks("row_stats", "x", x);
-  LayerNormFwd p{};
-  p.x = checks.matrix("x", x);
-  p.y.dtype = p.x.dtype;
-  const OnDevice device(x);
-  p.rows = x.size(0);
-  p.cols = int(x.size(1));
-  p.eps = float(eps);
-  Tensor mean = empty(x, {p.rows}, ScalarType::Float), rstd = empty(x, {p.rows}, ScalarType::Float);
-  p.mean = static_cast<float*>(mean.data_ptr());
-  p.rstd = static_cast<float*>(rstd.data_ptr());
-  check_launch("row_stats", launch_layernorm_fwd(p, device.stream()));
-  return {mean, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> fold_norm(Tensor weight, MaybeTensor norm_weight, MaybeTensor norm_bias,
-                                             MaybeTensor bias) {
-  const Checks checks("fold_norm", "weight", weight);
-  FoldNorm p{};
-  p.weight = checks.matrix("weight", weight);
-  p.rows = weight.size(0);
-  p.cols = weight.size(1);
-  p.norm_weight = checks.vector("norm_weight", norm_weight, p.cols, p.weight.dtype, "weight");
-  p.norm_bias = checks.vector("norm_bias", norm_bias, p.cols, p.weight.dtype, "weight");
-  p.bias = checks.vector("bias", bias, p.rows, p.weight.dtype, "weight");
-  const OnDevice device(weight);
-  Tensor folded = empty(weight, {p.rows, p.cols}, weight.scalar_type());
-  Tensor sums = empty(weight, {p.rows}, ScalarType::Float), shift = empty(weight, {p.rows}, ScalarType::Float);
-  p.folded = matrix_of(checks, "folded", folded);
-  p.sums = static_cast<float*>(sums.data_ptr());
-  p.shift = static_cast<float*>(shift.data_ptr());
-  check_launch("fold_norm", launch_fold_norm(p, device.stream()));
-  return {folded, sums, shift};
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd,
                                                          MaybeTensor weight, MaybeTensor bias, MaybeTensor dresidual,
                                                          bool want_params, bool want_y) {
@@ -222,11 +186,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_scale_bwd(Tensor g, Tensor weight, Mayb
   LayerScaleBwd p{};
   p.g = checks.matrix("g", g);
   checks.same_dtype("g", p.g.dtype, "float32", DType::kFloat32);
-  const int64_t rows = weight.dim() == 2 ? weight.size(0) : 0, cols = g.size(1);
+  const int64_t rows = g.size(0), cols = g.size(1);
   p.weight = checks.matrix("weight", weight, rows, cols, "g");
-  checks.expect(
-      rows == 0 ? g.size(0) == 0 : g.size(0) > 0 && g.size(0) % rows == 0,
-      "g has " + std::to_string(g.size(0)) + " rows, expected a multiple of weight's " + std::to_string(rows));
   p.bias = checks.vector("bias", bias, rows, p.weight.dtype, "weight");
   p.sums = checks.floats("sums", sums, rows, "the rows of weight");
   p.layer_scale = checks.vector("layer_scale", layer_scale, rows, p.weight.dtype, "weight");
@@ -239,7 +200,6 @@ std::tuple<Tensor, Tensor, Tensor> layer_scale_bwd(Tensor g, Tensor weight, Mayb
   p.dlayer_scale = {dlayer_scale.data_ptr(), p.layer_scale.dtype};
   p.rows = rows;
   p.cols = cols;
-  p.parts = rows == 0 ? 0 : int(g.size(0) / rows);
   check_launch("layer_scale_bwd", launch_layer_scale_bwd(p, device.stream()));
   return {dweight, dbias, dlayer_scale};
 }
@@ -259,8 +219,6 @@ STABLE_TORCH_LIBRARY(fastvit_cuda, m) {
   m.def(
       "layernorm_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? dresidual,"
       " bool want_params, bool want_y) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("row_stats(Tensor x, float eps) -> (Tensor, Tensor)");
-  m.def("fold_norm(Tensor weight, Tensor? norm_weight, Tensor? norm_bias, Tensor? bias) -> (Tensor, Tensor, Tensor)");
   m.def("act_fwd(Tensor h, Tensor(a!) a, str act) -> ()");
   m.def("act_bwd(Tensor(a!) da, Tensor h, Tensor(b!)? a, str act, ScalarType? sums) -> Tensor");
   m.def(
@@ -283,8 +241,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CUDA, m) {
   m.impl("layernorm_fwd", TORCH_BOX(&fastvit::layernorm_fwd));
   m.impl("layernorm_bwd", TORCH_BOX(&fastvit::layernorm_bwd));
-  m.impl("row_stats", TORCH_BOX(&fastvit::row_stats));
-  m.impl("fold_norm", TORCH_BOX(&fastvit::fold_norm));
   m.impl("act_fwd", TORCH_BOX(&fastvit::act_fwd));
   m.impl("act_bwd", TORCH_BOX(&fastvit::act_bwd));
   m.impl("scale_residual_fwd", TORCH_BOX(&fastvit::scale_residual_fwd));

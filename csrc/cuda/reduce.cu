@@ -52,12 +52,6 @@ __global__ void __launch_bounds__(kScaleThreads) layer_scale_bwd_kernel(LayerSca
     float g[N], weight[N];
     load(row_of<const float>(p.g, row) + col, g);
     load(row_of<const T>(p.weight, row) + col, weight);
-    for (int part = 1; part < p.parts; ++part) {
-      float more[N];
-      load(row_of<const float>(p.g, part * p.rows + row) + col, more);
-#pragma unroll
-      for (int i = 0; i < N; ++i) g[i] += more[i];
-    }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       dot[0] += g[i] * weight[i];

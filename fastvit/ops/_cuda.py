@@ -167,11 +167,6 @@ def _norm_linear_act(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``act(h), h, mean, rstd`` with ``h = linear(layer_norm(x))``, (M, F), empty without ``save``."""
     params = _norm(norm_weight, norm_bias, weight)
-    if _sm90.folds(x, weight) and _sm90.takes(ops, weight.shape[0], x=x, weight=weight):
-        mean, rstd = ops.row_stats(x, eps)
-        folded, sums, shift = ops.fold_norm(weight, *params, _dense(bias))
-        tile = _sm90.tile("linear_act", weight, x.shape[0])
-        return *ops.linear_act(x, folded, shift, mean, rstd, sums, act, save, tile), mean, rstd
     if _joins(weight):
         tile = _sm90.tile("linear_act", weight, x.shape[0])
         return ops.layernorm_linear_act(x, *params, weight, _dense(bias), eps, act, save, tile)
@@ -186,7 +181,7 @@ def _joins(weight: Tensor) -> bool:
 
 def _joins_mlp(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) -> bool:
     """Whether all of ``x + fc2(act(fc1(layer_norm(x))))`` is one call."""
-    if not _joins(fc1_weight) or _sm90.folds(x, fc1_weight):
+    if not _joins(fc1_weight):
         return False
     return fc2_weight.dtype == fc1_weight.dtype and _sm90.takes(ops, fc2_weight.shape[0], x, weight=fc2_weight)
 
@@ -194,7 +189,7 @@ def _joins_mlp(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) -> bool:
 def _linear_act(y: Tensor, weight: Tensor, bias: Tensor | None, act: str, save: bool) -> tuple[Tensor, Tensor]:
     if _sm90.takes(ops, weight.shape[0], y=y, weight=weight):
         tile = _sm90.tile("linear_act", weight, y.shape[0])
-        return ops.linear_act(y, weight, _dense(bias), None, None, None, act, save, tile)
+        return ops.linear_act(y, weight, _dense(bias), act, save, tile)
     h = F.linear(y, weight, bias)
     if act == "none":
         return h, h if save else h.new_empty(0)
@@ -208,8 +203,7 @@ def _act_grad(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``dh = (dbranch @ weight) * act'(h)``, ``act(h)`` once more, and the column sums of ``dh``."""
     if _sm90.takes(ops, weight.shape[1], dbranch=dbranch, weight=weight, h=h):
-        tile = _sm90.tile("linear_act_grad", weight.t(), dbranch.shape[0])
-        dh, a, sums = ops.linear_act_grad(dbranch, weight, h, act, wants_a, sums_dtype, tile)
+        dh, a, sums = ops.linear_act_grad(dbranch, weight, h, act, wants_a, sums_dtype)
         return dh, a if wants_a else None, sums
     dh = dbranch @ weight
     again = torch.empty_like(h) if wants_a else None
@@ -324,8 +318,7 @@ def _weight_grads(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of weight, bias and layer_scale.
 
-    In half precision LayerScale's needs no second look at the branch: with g = dbranch^T inputs, it is
-    <weight_j, g_j> + bias_j sums_j. In float32 that was twice as far off as stock's, which has the branch.
+    LayerScale's needs no second look at the branch: with g = dbranch^T inputs, it is <weight_j, g_j> + bias_j sums_j.
     """
     wants_weight, wants_bias, wants_scale = mask
     if layer_scale is None:
@@ -334,18 +327,43 @@ def _weight_grads(
     if inputs is None or not (wants_weight or wants_scale):
         dbias = (sums * layer_scale).to(weight.dtype) if wants_bias and sums is not None else None
         return None, dbias, None
-    scale = _readable(layer_scale, weight)
     if weight.dtype == torch.float32:
-        branch = inputs @ weight.t() if bias is None else torch.addmm(bias, inputs, weight.t())
-        dlayer_scale = ops.column_sum(branch.mul_(dbranch), torch.float32).to(layer_scale.dtype) if wants_scale else None
-        dweight = (dbranch.t() @ inputs).mul_(scale[:, None]) if wants_weight else None
-        return dweight, sums * scale if wants_bias and sums is not None else None, dlayer_scale
-    g = torch.mm(dbranch.t(), inputs, out_dtype=torch.float32)  # divided by a small LayerScale, it may not fit float16
+        return _float32_scale_grads(dbranch, sums, inputs, weight, bias, layer_scale, mask)
+    scale = _readable(layer_scale, weight)
+    g = _float32_product(dbranch.t(), inputs)
     dweight, dbias, dlayer_scale = ops.layer_scale_bwd(g, _rows(weight), _dense(bias), sums, scale)
     return (
         dweight if wants_weight else None,
         dbias if wants_bias else None,
         dlayer_scale.to(layer_scale.dtype) if wants_scale else None,
+    )
+
+
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of 16-bit factors in float32: divided by a small LayerScale, a gradient may not fit float16."""
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _float32_scale_grads(
+    dbranch: Tensor,
+    sums: Tensor | None,
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer_scale: Tensor,
+    mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """LayerScale's from the branch, computed once more: read from the weight's it was twice as far off as stock's."""
+    wants_weight, wants_bias, wants_scale = mask
+    scale = layer_scale.to(weight.dtype)
+    dlayer_scale = None
+    if wants_scale:
+        branch = F.linear(inputs, weight, bias)
+        dlayer_scale = ops.column_sum(branch.mul_(dbranch), weight.dtype).to(layer_scale.dtype)
+    return (
+        (dbranch.t() @ inputs).mul_(scale[:, None]) if wants_weight else None,
+        sums * scale if wants_bias and sums is not None else None,
+        dlayer_scale,
     )
 
 

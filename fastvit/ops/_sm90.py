@@ -93,10 +93,3 @@ def tile(op: str, weight: Tensor, rows: int) -> str:
     """Name of the tile for ``rows`` rows times a weight (outputs, depth)."""
     multiprocessors = device_facts(weight.device.index or 0)[1]
     return _tiles.choose(op, NAMES[weight.dtype], rows, *weight.shape, multiprocessors)
-
-
-def folds(x: Tensor, weight: Tensor) -> bool:
-    """Whether LayerNorm is folded into ``weight``, which ``x`` itself is multiplied with then."""
-    return (
-        bool(_tiles.FOLDED) and x.dtype == weight.dtype and _tiles.is_folded(NAMES.get(weight.dtype, ""), *weight.shape)
-    )

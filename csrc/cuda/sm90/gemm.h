@@ -8,27 +8,23 @@
 
 namespace fastvit::sm90 {
 
-// How a product is cut into tiles: "large", "ping_pong", "small" to fastvit/ops/_tiles.py, which chooses.
-enum class Tile : int { kLarge, kPingPong, kSmall };
-constexpr int kTiles = 3;
-constexpr int kTileRows[kTiles] = {128, 128, 64};
-constexpr int kTileCols[kTiles] = {256, 128, 64};
+// How a product is cut into tiles: "large" or "small" to fastvit/ops/_tiles.py, which chooses. The small ones leave no
+// multiprocessor idle when rows are few.
+enum class Tile : int { kLarge, kSmall };
+struct TileSize {
+  int rows, cols, cluster_rows, cluster_cols;  // a cluster's tiles share what they load
+};
+constexpr TileSize kLinearActTiles[] = {{128, 128, 2, 1}, {64, 96, 1, 1}};
+constexpr TileSize kLinearResidualTiles[] = {{128, 128, 2, 1}, {64, 64, 2, 2}};
+constexpr TileSize kLinearActGradTile = {128, 256, 2, 1};
 
-// What is compiled: every tile costs build time, so float16 has no large one and the backward no small one.
-constexpr bool has_tile(DType dtype, Tile tile, bool backward) {
-  return dtype != DType::kFloat32 && !(dtype == DType::kFloat16 && tile == Tile::kLarge) &&
-         !(backward && tile == Tile::kSmall);
-}
-
-// y = act(h), h = rstd * (x weight^T - mean * sums) + bias
+// y = act(h), h = x weight^T + bias
 struct LinearAct {
-  Matrix x;                  // (M, K)
-  Matrix weight;             // (N, K)
-  Vector bias;               // (N,)   optional, x's dtype or float32
-  Vector sums;               // (N,)   optional, as bias
-  const float *mean, *rstd;  // (M,)   optional
-  Matrix h;                  // (M, N) optional
-  Matrix y;                  // (M, N)
+  Matrix x;       // (M, K)
+  Matrix weight;  // (N, K)
+  Vector bias;    // (N,)   optional, x's dtype or float32
+  Matrix h;       // (M, N) optional
+  Matrix y;       // (M, N)
   Activation act;
   int64_t rows, cols, depth;  // M, N, K
   Tile tile;
@@ -60,13 +56,12 @@ struct LinearActGrad {
   Matrix h;         // (M, N)
   Matrix a;         // (M, N) optional
   Matrix dh;        // (M, N)
-  float* partials;  // (ceil(M / kTileRows), N rounded up to kTileCols) optional
+  float* partials;  // (ceil(M / tile's rows), N rounded up to tile's columns) optional
   Activation act;
   int64_t rows, cols, depth;
-  Tile tile;
   int device;
 };
-template <DType DTYPE, Tile TILE>
+template <DType DTYPE>
 cudaError_t launch_linear_act_grad(const LinearActGrad& p, cudaStream_t stream);
 
 }  // namespace fastvit::sm90

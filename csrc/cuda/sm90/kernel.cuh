@@ -25,37 +25,27 @@ using ElementOf =
     std::conditional_t<DTYPE == DType::kFloat32, float,
                        std::conditional_t<DTYPE == DType::kBFloat16, cutlass::bfloat16_t, cutlass::half_t>>;
 
-template <Tile TILE>
-struct TileTraits;
-// Two warpgroups share a tile: the most reuse of operands, the epilogue is not hidden.
-template <>
-struct TileTraits<Tile::kLarge> {
-  using Cluster = Shape<cute::_2, _1, _1>;
-  using MainSchedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
-  using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecializedCooperative;
-};
-// Two warpgroups with a tile each: one multiplies while the other is in its epilogue.
-template <>
-struct TileTraits<Tile::kPingPong> {
-  using Cluster = Shape<cute::_2, _1, _1>;
-  using MainSchedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
-  using EpilogueSchedule = cutlass::epilogue::TmaWarpSpecialized;
-};
-// Few rows: more tiles to spread over the multiprocessors.
-template <>
-struct TileTraits<Tile::kSmall> : TileTraits<Tile::kPingPong> {
-  using Cluster = Shape<_1, _1, _1>;
-};
+template <TileSize SIZE>
+using TileShape = Shape<Int<SIZE.rows>, Int<SIZE.cols>, Int<64>>;
+template <TileSize SIZE>
+using ClusterShape = Shape<Int<SIZE.cluster_rows>, Int<SIZE.cluster_cols>, _1>;
 
-template <Tile TILE>
-using TileShape = Shape<Int<kTileRows[int(TILE)]>, Int<kTileCols[int(TILE)]>, Int<64>>;
+// Two warpgroups with a tile each: one multiplies while the other is in its epilogue.
+struct PingPong {
+  using Main = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+  using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
+};
+// Two warpgroups share a tile: the most reuse of operands, the epilogue is not hidden.
+struct Cooperative {
+  using Main = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+  using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
+};
 
 // What nodes ask of the epilogue they are in. `Source` is the residual's type, or void.
-template <typename Element, Tile TILE, typename Source>
+template <typename Element, TileSize SIZE, typename Source, typename Schedules = PingPong>
 struct EpilogueParts {
-  using Traits = TileTraits<TILE>;
-  using Shape = TileShape<TILE>;
-  using Schedule = typename Traits::EpilogueSchedule;
+  using Shape = TileShape<SIZE>;
+  using Schedule = typename Schedules::Epilogue;
   using Descriptor =
       cutlass::epilogue::collective::detail::EpilogueDescriptor<Shape, cutlass::epilogue::collective::EpilogueTileAuto,
                                                                 Source, Element, Schedule>;
@@ -77,23 +67,23 @@ struct EpilogueParts {
 };
 
 // `Source` is the residual's type, which the result takes over, or void.
-template <typename Element, Tile TILE, typename WeightLayout, typename Tree, typename Source = void>
+template <typename Element, TileSize SIZE, typename WeightLayout, typename Tree, typename Source = void,
+          typename Schedules = PingPong>
 struct Product {
-  using Traits = TileTraits<TILE>;
-  using Shape = TileShape<TILE>;
+  using Shape = TileShape<SIZE>;
   using Out = std::conditional_t<cute::is_void_v<Source>, Element, Source>;
   static constexpr int kAlignment = 128 / cutlass::sizeof_bits_v<Element>;
   static constexpr int kOutAlignment = 128 / cutlass::sizeof_bits_v<Out>;
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Shape, typename Traits::Cluster,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Shape, ClusterShape<SIZE>,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, Source, RowMajor, kOutAlignment, Out, RowMajor,
-      kOutAlignment, typename Traits::EpilogueSchedule, Tree>::CollectiveOp;
+      kOutAlignment, typename Schedules::Epilogue, Tree>::CollectiveOp;
   using MainLoop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, kAlignment, Element, WeightLayout,
-      kAlignment, float, Shape, typename Traits::Cluster,
+      kAlignment, float, Shape, ClusterShape<SIZE>,
       cutlass::gemm::collective::StageCountAutoCarveout<int(sizeof(typename Epilogue::SharedStorage))>,
-      typename Traits::MainSchedule>::CollectiveOp;
+      typename Schedules::Main>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int>, MainLoop, Epilogue,
                                                       cutlass::gemm::PersistentScheduler>;
   static_assert(sizeof(typename Kernel::SharedStorage) <= 227 * 1024, "more shared memory than a block has");

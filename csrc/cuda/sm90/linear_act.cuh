@@ -1,4 +1,4 @@
-// y = act(h), h = rstd * (x W^T - mean * sums) + bias, stored on request: fc1 with its activation, or qkv.
+// y = act(h), h = x W^T + bias, stored on request: fc1 with its activation, or qkv.
 #pragma once
 
 #include "cuda/sm90/kernel.cuh"
@@ -8,12 +8,13 @@ namespace fastvit::sm90 {
 template <DType DTYPE, Tile TILE>
 struct LinearActTraits {
   using Element = ElementOf<DTYPE>;
-  using Parts = EpilogueParts<Element, TILE, void>;
-  using Linear = fusion::Sm90EVT<typename Parts::template Compute<Unfold>, fusion::Sm90AccFetch, typename Parts::Column,
-                                 typename Parts::Column, typename Parts::Row, typename Parts::Row>;
+  static constexpr TileSize kSize = kLinearActTiles[int(TILE)];
+  using Parts = EpilogueParts<Element, kSize, void>;
+  using Linear =
+      fusion::Sm90EVT<typename Parts::template Compute<cutlass::plus>, fusion::Sm90AccFetch, typename Parts::Row>;
   using Tree = fusion::Sm90EVT<typename Parts::template Compute<Activate, Element>,
                                fusion::Sm90EVT<typename Parts::Store, Linear>>;
-  using Product = sm90::Product<Element, TILE, ColumnMajor, Tree>;
+  using Product = sm90::Product<Element, kSize, ColumnMajor, Tree>;
 };
 
 // The name that profilers and benchmarks/aot_cuda.py show, with the bytes of shared memory a block takes.
@@ -26,8 +27,7 @@ cudaError_t launch_linear_act(const LinearAct& p, cudaStream_t stream) {
   using Element = ElementOf<DTYPE>;
   using Product = typename LinearActTraits<DTYPE, TILE>::Product;
   typename Product::Epilogue::Arguments epilogue{
-      {{{{}, {p.mean, 0.f}, {p.rstd, 1.f}, {p.sums, 0.f}, {p.bias, 0.f}, {}}, {data<Element>(p.h), row_stride(p.h)}},
-       {p.act}},
+      {{{{}, {p.bias, 0.f}, {}}, {data<Element>(p.h), row_stride(p.h)}}, {p.act}},
       nullptr,
       {},
       data<Element>(p.y),

@@ -3,7 +3,7 @@
 
 namespace fastvit::sm90 {
 
-template cudaError_t launch_linear_act<DType::kFloat16, Tile::kPingPong>(const LinearAct&, cudaStream_t);
+template cudaError_t launch_linear_act<DType::kFloat16, Tile::kLarge>(const LinearAct&, cudaStream_t);
 template cudaError_t launch_linear_act<DType::kFloat16, Tile::kSmall>(const LinearAct&, cudaStream_t);
 
 }  // namespace fastvit::sm90

@@ -6,27 +6,27 @@
 
 namespace fastvit::sm90 {
 
-template <DType DTYPE, Tile TILE>
+template <DType DTYPE>
 struct LinearActGradTraits {
   using Element = ElementOf<DTYPE>;
-  using Parts = EpilogueParts<Element, TILE, void>;
+  static constexpr TileSize kSize = kLinearActGradTile;
+  using Parts = EpilogueParts<Element, kSize, void, Cooperative>;
   // Rows and columns past the end are zeros in every operand, so they need no test before they are added.
-  using ColumnSums = fusion::Sm90RowReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, TileShape<TILE>, float,
+  using ColumnSums = fusion::Sm90RowReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, TileShape<kSize>, float,
                                               float, Parts::kRound, cute::Stride<_0, _1, _0>, 4, true, false, false>;
   using Grads = fusion::Sm90EVT<ActivationGrad<typename Parts::Store>, fusion::Sm90AccFetch, typename Parts::Load>;
   using Tree = fusion::Sm90EVT<ColumnSums, Grads>;
-  using Product = sm90::Product<Element, TILE, RowMajor, Tree>;
+  using Product = sm90::Product<Element, kSize, RowMajor, Tree, void, Cooperative>;
 };
 
 // The name that profilers and benchmarks/aot_cuda.py show, with the bytes of shared memory a block takes.
-template <DType DTYPE, Tile TILE,
-          int SHARED = int(sizeof(typename LinearActGradTraits<DTYPE, TILE>::Product::Kernel::SharedStorage))>
-struct LinearActGradKernel : LinearActGradTraits<DTYPE, TILE>::Product::Kernel {};
+template <DType DTYPE, int SHARED = int(sizeof(typename LinearActGradTraits<DTYPE>::Product::Kernel::SharedStorage))>
+struct LinearActGradKernel : LinearActGradTraits<DTYPE>::Product::Kernel {};
 
-template <DType DTYPE, Tile TILE>
+template <DType DTYPE>
 cudaError_t launch_linear_act_grad(const LinearActGrad& p, cudaStream_t stream) {
   using Element = ElementOf<DTYPE>;
-  using Product = typename LinearActGradTraits<DTYPE, TILE>::Product;
+  using Product = typename LinearActGradTraits<DTYPE>::Product;
   typename Product::Epilogue::Arguments epilogue{
       {{{}, {data<Element>(p.h), Element(0), row_stride(p.h)}, {{data<Element>(p.a), row_stride(p.a)}, p.act}},
        {p.partials}},
@@ -34,7 +34,7 @@ cudaError_t launch_linear_act_grad(const LinearActGrad& p, cudaStream_t stream) 
       {},
       data<Element>(p.dh),
       row_stride(p.dh)};
-  return launch<LinearActGradKernel<DTYPE, TILE>, Element>(p, p.dy, epilogue, stream);
+  return launch<LinearActGradKernel<DTYPE>, Element>(p, p.dy, epilogue, stream);
 }
 
 }  // namespace fastvit::sm90

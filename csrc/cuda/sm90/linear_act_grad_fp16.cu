@@ -3,6 +3,6 @@
 
 namespace fastvit::sm90 {
 
-template cudaError_t launch_linear_act_grad<DType::kFloat16, Tile::kPingPong>(const LinearActGrad&, cudaStream_t);
+template cudaError_t launch_linear_act_grad<DType::kFloat16>(const LinearActGrad&, cudaStream_t);
 
 }  // namespace fastvit::sm90

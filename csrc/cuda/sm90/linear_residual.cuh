@@ -10,11 +10,12 @@ template <DType DTYPE, Tile TILE, DType STREAM>
 struct LinearResidualTraits {
   using Element = ElementOf<DTYPE>;
   using Out = ElementOf<STREAM>;
-  using Parts = EpilogueParts<Element, TILE, Out>;
+  static constexpr TileSize kSize = kLinearResidualTiles[int(TILE)];
+  using Parts = EpilogueParts<Element, kSize, Out>;
   using Tree =
       fusion::Sm90EVT<typename Parts::template Compute<ScaleResidual, Out>, fusion::Sm90AccFetch, typename Parts::Row,
                       typename Parts::Row, typename Parts::Column, fusion::Sm90SrcFetch<Out>>;
-  using Product = sm90::Product<Element, TILE, ColumnMajor, Tree, Out>;
+  using Product = sm90::Product<Element, kSize, ColumnMajor, Tree, Out>;
 };
 
 // The name that profilers and benchmarks/aot_cuda.py show, with the bytes of shared memory a block takes.

@@ -5,8 +5,6 @@ namespace fastvit::sm90 {
 
 template cudaError_t launch_linear_residual<DType::kBFloat16, Tile::kLarge, DType::kBFloat16>(const LinearResidual&,
                                                                                               cudaStream_t);
-template cudaError_t launch_linear_residual<DType::kBFloat16, Tile::kPingPong, DType::kBFloat16>(const LinearResidual&,
-                                                                                                 cudaStream_t);
 template cudaError_t launch_linear_residual<DType::kBFloat16, Tile::kSmall, DType::kBFloat16>(const LinearResidual&,
                                                                                               cudaStream_t);
 

@@ -3,8 +3,8 @@
 
 namespace fastvit::sm90 {
 
-template cudaError_t launch_linear_residual<DType::kFloat16, Tile::kPingPong, DType::kFloat32>(const LinearResidual&,
-                                                                                               cudaStream_t);
+template cudaError_t launch_linear_residual<DType::kFloat16, Tile::kLarge, DType::kFloat32>(const LinearResidual&,
+                                                                                            cudaStream_t);
 template cudaError_t launch_linear_residual<DType::kFloat16, Tile::kSmall, DType::kFloat32>(const LinearResidual&,
                                                                                             cudaStream_t);
 

@@ -114,19 +114,6 @@ struct Activate<Array<float, N>> {
   }
 };
 
-// rstd * (x W'^T - mean * sums) + bias: the product of a normalised row, from the row as it is. See fold_norm.
-template <typename T>
-struct Unfold {};
-template <int N>
-struct Unfold<Array<float, N>> {
-  using Row = Array<float, N>;
-  CUTLASS_DEVICE Row operator()(Row v, Row const& mean, Row const& rstd, Row const& sums, Row const& bias) const {
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < N; ++i) v[i] = fmaf(rstd[i], fmaf(-mean[i], sums[i], v[i]), bias[i]);
-    return v;
-  }
-};
-
 // residual + row_scale * layer_scale * (x W^T + bias)
 template <typename T>
 struct ScaleResidual {};

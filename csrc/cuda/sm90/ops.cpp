@@ -10,14 +10,10 @@
 namespace fastvit::sm90 {
 namespace {
 
-Tile tile_of(const Checks& checks, const std::string& name, DType dtype, bool backward) {
-  constexpr const char* kNames[kTiles] = {"large", "ping_pong", "small"};
-  for (int i = 0; i < kTiles; ++i) {
-    if (name != kNames[i]) continue;
-    checks.expect(has_tile(dtype, Tile(i), backward), "tile '" + name + "' is not compiled for this dtype and op");
-    return Tile(i);
-  }
-  checks.fail("tile is '" + name + "', expected 'large', 'ping_pong' or 'small'");
+Tile tile_of(const Checks& checks, const std::string& name) {
+  if (name == "large") return Tile::kLarge;
+  if (name == "small") return Tile::kSmall;
+  checks.fail("tile is '" + name + "', expected 'large' or 'small'");
 }
 
 // A matrix that TMA can read or write.
@@ -39,26 +35,18 @@ Matrix tma(const Checks& checks, const char* name, const Matrix& m, int64_t cols
 }
 
 // Calls f<DTYPE, TILE>() for the pair at hand.
-template <bool BACKWARD, DType DTYPE, typename F>
-cudaError_t with_tile_of(Tile tile, F&& f) {
-  if (tile == Tile::kPingPong) return f.template operator()<DTYPE, Tile::kPingPong>();
-  if constexpr (has_tile(DTYPE, Tile::kLarge, BACKWARD)) {
-    if (tile == Tile::kLarge) return f.template operator()<DTYPE, Tile::kLarge>();
-  }
-  if constexpr (has_tile(DTYPE, Tile::kSmall, BACKWARD)) {
-    if (tile == Tile::kSmall) return f.template operator()<DTYPE, Tile::kSmall>();
-  }
-  return cudaErrorInvalidValue;
-}
-
-template <bool BACKWARD, typename F>
+template <typename F>
 cudaError_t with_tile(DType dtype, Tile tile, F&& f) {
-  return dtype == DType::kBFloat16 ? with_tile_of<BACKWARD, DType::kBFloat16>(tile, f)
-                                   : with_tile_of<BACKWARD, DType::kFloat16>(tile, f);
+  if (dtype == DType::kBFloat16) {
+    return tile == Tile::kLarge ? f.template operator()<DType::kBFloat16, Tile::kLarge>()
+                                : f.template operator()<DType::kBFloat16, Tile::kSmall>();
+  }
+  return tile == Tile::kLarge ? f.template operator()<DType::kFloat16, Tile::kLarge>()
+                              : f.template operator()<DType::kFloat16, Tile::kSmall>();
 }
 
-std::tuple<Tensor, Tensor> linear_act(Tensor x, Tensor weight, MaybeTensor bias, MaybeTensor mean, MaybeTensor rstd,
-                                      MaybeTensor sums, std::string act, bool save, std::string tile) {
+std::tuple<Tensor, Tensor> linear_act(Tensor x, Tensor weight, MaybeTensor bias, std::string act, bool save,
+                                      std::string tile) {
   const Checks checks("linear_act", "x", x);
   LinearAct p{};
   p.x = checks.matrix("x", x);
@@ -66,12 +54,8 @@ std::tuple<Tensor, Tensor> linear_act(Tensor x, Tensor weight, MaybeTensor bias,
   p.x = tma(checks, "x", p.x, p.depth, p.x.dtype);
   p.weight = tma(checks, "weight", checks.matrix("weight", weight, p.cols, p.depth, "x"), p.depth, p.x.dtype);
   p.bias = checks.vector("bias", bias, p.cols, p.x.dtype, "weight");
-  p.sums = checks.vector("sums", sums, p.cols, p.x.dtype, "weight");
-  p.mean = checks.floats("mean", mean, p.rows, "the rows of x");
-  p.rstd = checks.floats("rstd", rstd, p.rows, "the rows of x");
-  checks.expect(mean.has_value() == sums.has_value(), "one of mean and sums is missing, expected both or none");
   p.act = act == "none" ? Activation::kNone : activation(checks, act);
-  p.tile = tile_of(checks, tile, p.x.dtype, false);
+  p.tile = tile_of(checks, tile);
   const OnDevice device(x);
   p.device = x.get_device_index();
   Tensor y = empty(x, {p.rows, p.cols}, x.scalar_type());
@@ -79,7 +63,7 @@ std::tuple<Tensor, Tensor> linear_act(Tensor x, Tensor weight, MaybeTensor bias,
   p.y = tma(checks, "y", checks.matrix("y", y), p.cols);
   if (save) p.h = checks.matrix("h", h);
   if (p.rows == 0 || p.cols == 0) return {y, h};
-  check_launch("linear_act", with_tile<false>(p.x.dtype, p.tile, [&]<DType DTYPE, Tile TILE>() {
+  check_launch("linear_act", with_tile(p.x.dtype, p.tile, [&]<DType DTYPE, Tile TILE>() {
                  return launch_linear_act<DTYPE, TILE>(p, device.stream());
                }));
   return {y, h};
@@ -99,14 +83,14 @@ Tensor linear_residual(Tensor x, Tensor weight, MaybeTensor bias, Tensor residua
   p.bias = checks.vector("bias", bias, p.cols, p.x.dtype, "weight");
   p.layer_scale = checks.vector("layer_scale", layer_scale, p.cols, p.x.dtype, "weight");
   p.row_scale = checks.floats("row_scale", row_scale, p.rows, "the rows of x");
-  p.tile = tile_of(checks, tile, p.x.dtype, false);
+  p.tile = tile_of(checks, tile);
   const OnDevice device(x);
   p.device = x.get_device_index();
   Tensor y = empty(x, {p.rows, p.cols}, residual.scalar_type());
   p.y = checks.matrix("y", y);
   if (p.rows == 0 || p.cols == 0) return y;
   const bool wide = p.residual.dtype == DType::kFloat32;
-  check_launch("linear_residual", with_tile<false>(p.x.dtype, p.tile, [&]<DType DTYPE, Tile TILE>() {
+  check_launch("linear_residual", with_tile(p.x.dtype, p.tile, [&]<DType DTYPE, Tile TILE>() {
                  return wide ? launch_linear_residual<DTYPE, TILE, DType::kFloat32>(p, device.stream())
                              : launch_linear_residual<DTYPE, TILE, DTYPE>(p, device.stream());
                }));
@@ -114,7 +98,7 @@ Tensor linear_residual(Tensor x, Tensor weight, MaybeTensor bias, Tensor residua
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_act_grad(Tensor dy, Tensor weight, Tensor h, std::string act, bool want_a,
-                                                   std::optional<ScalarType> sums, std::string tile) {
+                                                   std::optional<ScalarType> sums) {
   const Checks checks("linear_act_grad", "dy", dy);
   LinearActGrad p{};
   p.dy = checks.matrix("dy", dy);
@@ -123,7 +107,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_grad(Tensor dy, Tensor weight, Ten
   p.weight = tma(checks, "weight", checks.matrix("weight", weight, p.depth, p.cols, "dy"), p.cols, p.dy.dtype);
   p.h = tma(checks, "h", checks.matrix("h", h, p.rows, p.cols, "dy and weight"), p.cols, p.dy.dtype);
   p.act = activation(checks, act);
-  p.tile = tile_of(checks, tile, p.dy.dtype, true);
   const DType kind = sums ? checks.dtype("sums", *sums) : DType::kFloat32;
   const OnDevice device(dy);
   p.device = dy.get_device_index();
@@ -131,15 +114,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_grad(Tensor dy, Tensor weight, Ten
   Tensor a = want_a ? empty(dy, {p.rows, p.cols}, dy.scalar_type()) : nothing(dy);
   p.dh = checks.matrix("dh", dh);
   if (want_a) p.a = checks.matrix("a", a);
-  const int64_t tile_rows = kTileRows[int(p.tile)], tile_cols = kTileCols[int(p.tile)];
+  const int64_t tile_rows = kLinearActGradTile.rows, tile_cols = kLinearActGradTile.cols;
   const Pass pass{p.rows, p.cols, int((p.rows + tile_rows - 1) / tile_rows), nullptr};
   const int64_t stride = (p.cols + tile_cols - 1) / tile_cols * tile_cols;
   Tensor partials = sums ? empty(dy, {pass.groups, stride}, ScalarType::Float) : nothing(dy);
   if (sums) p.partials = static_cast<float*>(partials.data_ptr());
   if (p.rows > 0 && p.cols > 0) {
-    check_launch("linear_act_grad", with_tile<true>(p.dy.dtype, p.tile, [&]<DType DTYPE, Tile TILE>() {
-                   return launch_linear_act_grad<DTYPE, TILE>(p, device.stream());
-                 }));
+    check_launch("linear_act_grad", p.dy.dtype == DType::kBFloat16
+                                        ? launch_linear_act_grad<DType::kBFloat16>(p, device.stream())
+                                        : launch_linear_act_grad<DType::kFloat16>(p, device.stream()));
   }
   if (!sums) return {dh, a, nothing(dy)};
   Pass summed = pass;
@@ -154,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_linear_act(Tensor x, MaybeT
                                                                 double eps, std::string act, bool save,
                                                                 std::string tile) {
   const auto [y, mean, rstd] = layernorm_fwd(x, norm_weight, norm_bias, eps, weight.scalar_type());
-  const auto [a, h] = linear_act(y, weight, bias, std::nullopt, std::nullopt, std::nullopt, act, save, tile);
+  const auto [a, h] = linear_act(y, weight, bias, act, save, tile);
   return {a, h, mean, rstd};
 }
 
@@ -172,14 +155,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_mlp_residual(
 }  // namespace fastvit::sm90
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvit_cuda, m) {
-  m.def(
-      "linear_act(Tensor x, Tensor weight, Tensor? bias, Tensor? mean, Tensor? rstd, Tensor? sums, str act, bool save,"
-      " str tile) -> (Tensor, Tensor)");
+  m.def("linear_act(Tensor x, Tensor weight, Tensor? bias, str act, bool save, str tile) -> (Tensor, Tensor)");
   m.def(
       "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, Tensor? row_scale,"
       " str tile) -> Tensor");
   m.def(
-      "linear_act_grad(Tensor dy, Tensor weight, Tensor h, str act, bool want_a, ScalarType? sums, str tile)"
+      "linear_act_grad(Tensor dy, Tensor weight, Tensor h, str act, bool want_a, ScalarType? sums)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "layernorm_linear_act(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, float eps,"
