@@ -22,6 +22,7 @@ BEGIN, END = "<!-- results:begin (make results) -->", "<!-- results:end -->"
 VERSIONS = ("device", "driver", "torch", "triton", "python")
 HEAD = ("", "mode", "dtype", "batch", "eager ms", "best peer", "fastvit ms", "vs eager", "vs peer", "memory", "error")
 OURS = ("fastvit", "eager")  # and what is made of these: the others are peers
+VARIANTS = {"graph": "eager-graph", "autocast": "eager-autocast", "lean": "eager"}  # of fastvit, each beside its stock
 
 
 def results() -> Iterator[dict[str, Any]]:
@@ -56,13 +57,12 @@ def _key(row: dict[str, Any]) -> tuple:
 def _order(key: tuple) -> tuple:
     """Models after ops, float32 first."""
     op, model, mode, dtype, batch = key
-    return bool(model), dtype != "float32", mode == "train", op, model, mode, dtype, batch
+    return bool(model), dtype != "float32", mode.startswith("train"), op, model, mode, dtype, batch
 
 
 def headlines(result: dict[str, Any]) -> dict[str, Any]:
-    """The same device with its whole models alone, if it has any."""
-    models = [case for case in result["cases"] if "model" in case["fastvit"]]
-    return result | {"cases": models or result["cases"]}
+    """The same device with its whole models alone."""
+    return result | {"cases": [case for case in result["cases"] if "model" in case["fastvit"]]}
 
 
 def section(result: dict[str, Any]) -> list[str]:
@@ -87,7 +87,15 @@ def cases(rows: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
     for key, case in together.items():
         if "fastvit" in case and len(case) > len(best.get(key[:-1], ())):
             best[key[:-1]] = case
-    return list(best.values())
+    return [each for case in best.values() for each in (case, *variants(case))]
+
+
+def variants(case: dict[str, dict[str, Any]]) -> Iterator[dict[str, dict[str, Any]]]:
+    """What else of ours was timed in the run, each as a mode of its own."""
+    for name, stock in VARIANTS.items():
+        if f"fastvit-{name}" in case and stock in case:
+            mode = {"mode": f"{case['fastvit']['mode']}, {name}"}
+            yield {"fastvit": case[f"fastvit-{name}"] | mode, "eager": case[stock] | mode}
 
 
 def line(case: dict[str, dict[str, Any]]) -> list[str]:
@@ -142,7 +150,8 @@ def every_row(devices: list[dict[str, Any]]) -> str:
 
 def readme(devices: list[dict[str, Any]]) -> str | None:
     """README.md with the tables as they should be; None where it has no place for them."""
-    text = [line for result in devices for line in section(headlines(result))]
+    with_models = filter(lambda result: result["cases"], map(headlines, devices))
+    text = [line for result in with_models for line in section(result)]
     text += [MEANING, "Single ops: [benchmarks/results](benchmarks/results/README.md), with every raw sample."]
     before, _, rest = README.read_text().partition(BEGIN)
     _, found, after = rest.partition(END)

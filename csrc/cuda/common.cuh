@@ -231,14 +231,6 @@ __device__ inline void allow_next() {
 #endif
 }
 
-// Into L2 ahead of its use, also of what the previous kernel may still write: L2 is where that would show.
-__device__ inline void prefetch(const Vector& p, int64_t index) {
-#ifdef __CUDA_ARCH__
-  const auto* at = static_cast<const char*>(p.data) + index * (p.dtype == DType::kFloat32 ? 4 : 2);
-  if (p.data != nullptr) asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-#endif
-}
-
 // Whether what runs on this device was compiled with the wait in it: code for an older architecture may stand in for
 // it.
 template <auto* KERNEL>

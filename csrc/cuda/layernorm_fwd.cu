@@ -18,13 +18,6 @@ template <typename X, typename Y, int VECS>
 __global__ void __launch_bounds__(kRows* kWarp, 1) layernorm_fwd_kernel(LayerNormFwd p) {
   const int lane = threadIdx.x % kWarp;
   const int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / kWarp;
-#pragma unroll
-  for (int v = 0; v < VECS; ++v) {
-    const int col = (v * kWarp + lane) * kVec;
-    if (col >= p.cols) continue;
-    prefetch(p.weight, col);
-    prefetch(p.bias, col);
-  }
   await_previous();
   allow_next();
   if (row >= p.rows) return;
