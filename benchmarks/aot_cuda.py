@@ -29,6 +29,8 @@ STATIC_SHARED_LIMIT = 48 * 1024  # bytes a block, on every architecture
 HOPPER_SHARED_LIMIT = 227 * 1024
 # The kernels that take 8 elements a thread; the others read and write one
 VECTOR_KERNEL = re.compile(r"pass_kernel<8,|layer_scale_bwd_kernel<\w+, 8>|layernorm_(fwd|bwd)_kernel<")
+# What launch_overlapping and sm90's launch start while the kernel before is still running; see csrc/cuda/common.cuh
+OVERLAPPING = re.compile(r"layernorm_fwd_kernel<|device_kernel<sm90::")
 DTYPES, TILES = ("fp32", "fp16", "bf16"), ("large", "small")
 # A product's name: op, dtype, the tile where there are two, the residual stream's dtype and the shared memory it asks
 # for; see csrc/cuda/sm90
@@ -91,6 +93,7 @@ def count_instructions(sass: str) -> dict[str, dict]:
     for name, body in zip(parts[::2], parts[1::2], strict=True):
         moves = {key: re.findall(rf"\b{key}\.E[.\w]*", body) for key in ("LDG", "STG")}
         row: dict = {key: (sum(".128" in move for move in each), len(each)) for key, each in moves.items()}
+        row["waits"] = body.count("ACQBULK")
         if "HGMMA" in body:
             row |= {"wgmmas": body.count("HGMMA"), "matrix": "wgmma.mma_async"}
         found[name] = row
@@ -106,6 +109,13 @@ def check_width(row: dict) -> list[str]:
     if row["kernel"].startswith("pass_kernel") and wide < every:
         narrow.append(f"{every - wide} of {every} stores below 16 bytes")
     return narrow
+
+
+def check_wait(row: dict) -> list[str]:
+    """A kernel that may start before the one before it has ended, and would read what that has yet to write."""
+    if row["arch"] < 90 or not OVERLAPPING.search(row["kernel"]) or row.get("waits", 1):
+        return []
+    return ["starts early and does not wait for the kernel before it"]
 
 
 def name_product(row: dict) -> dict:
@@ -208,8 +218,9 @@ def rows(names: Iterable[str] = (), arches: Iterable[str] = ARCHES) -> list[dict
 
 def named(found: list[dict]) -> list[dict]:
     for row, name in zip(found, demangle(row["kernel"] for row in found), strict=True):
+        early = check_wait(row | {"kernel": name})
         row |= name_product(row | {"kernel": name})
-        row["problems"] = [*row["problems"], *check_width(row)]
+        row["problems"] = [*row["problems"], *early, *check_width(row)]
         row["kernel"] = f"{row['module']}: {row['kernel']}"
     return found
 

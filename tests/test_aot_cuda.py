@@ -68,6 +68,15 @@ def test_passes_of_vectors_move_16_bytes(aot):
     assert aot.check_width({"kernel": name.replace("8", "1"), **split}) == []
 
 
+@pytest.mark.parametrize("name", ["layernorm_fwd_kernel<bf16, bf16, 3>", PRODUCT.format(1)])
+def test_what_starts_early_waits(aot, name):
+    """A launch that overlaps, of a kernel without the wait, reads what is not written yet."""
+    for arch, body, found in ((90, "", True), (90, "  ACQBULK ;", False), (80, "", False)):
+        row = {"kernel": name.replace("fastvit::", ""), "arch": arch, "problems": []}
+        row |= aot.count_instructions(f"Function : kernel\n{body}\n")["kernel"]
+        assert bool(aot.check_wait(row)) == found
+
+
 def test_products_by_their_names(aot, monkeypatch):
     row = {"kernel": "product", "module": "cuda", "arch": 90, "shared": 1024, "wgmmas": 8, "problems": []}
     monkeypatch.setattr(aot.shutil, "which", lambda tool, **_: tool)
