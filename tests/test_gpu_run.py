@@ -31,6 +31,19 @@ def test_stages_fit_into_ten_minutes(gpu):
     assert sum(gpu.STAGES.values()) <= gpu.TOTAL_SECONDS <= 600
 
 
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [("--stages=test,walk", "--stages has 'walk', expected some of build,"), ("--jobs=infer,run", "--jobs has 'run'")],
+)
+def test_unknown_names_are_refused(gpu, monkeypatch, capsys, argument, said):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", argument])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONPATH", "")
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert said in capsys.readouterr().err
+
+
 def test_sanitize_without_the_tool_says_so(gpu, monkeypatch, capsys):
     monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: None)
     monkeypatch.setattr(gpu, "run", lambda *_, **__: (0, "ran\n"))

@@ -231,8 +231,7 @@ __device__ inline void allow_next() {
 #endif
 }
 
-// Whether what runs on this device was compiled with the wait in it: code for an older architecture may stand in for
-// it.
+// Whether what runs on this device has the wait in it: code compiled for an older architecture may stand in.
 template <auto* KERNEL>
 bool can_overlap(int device) {
   constexpr int kDevices = 64;
