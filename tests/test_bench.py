@@ -232,6 +232,21 @@ def test_a_broken_result_file_is_caught():
     assert any("kind is 'speed'" in problem for problem in check(table | {"kind": "speed"}))
 
 
+def test_the_tables_show_variants_beside_their_stock():
+    """A graph beside eager's graph, lean beside eager; a provider without its stock is left out."""
+    row = {"model": "vit", "mode": "train", "dtype": "float32", "batch": 1, "job": "train"}
+    times = {"fastvit": 2.0, "eager": 4.0, "fastvit-lean": 3.0, "fastvit-graph": 1.0, "compile": 3.5}
+    rows = [row | {"provider": name, "p50_ms": time, "raw_ms": [[time]]} for name, time in times.items()]
+    rows = [each | {"peak_mb": 1.0, "error": 1.0} for each in rows]
+    script = command("results")
+    found = {case["fastvit"]["mode"]: script.line(case) for case in script.cases(rows)}
+    assert set(found) == {"train", "train, lean"}
+    assert found["train"][4:9] == ["4", "3.5 compile", "2", "2.00x", "1.75x"]
+    assert found["train, lean"][4:9] == ["4", "-", "3", "1.33x", "-"]
+    device = {"cases": [*script.cases(rows), {"fastvit": {"op": "attention"}}]}
+    assert len(script.headlines(device)["cases"]) == 2
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's high-water mark")
 def test_peak_memory_sees_a_large_temporary():
     candidate = timing.Candidate("x", lambda _: torch.ones(64 << 20).sum())
