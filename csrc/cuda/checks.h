@@ -44,10 +44,14 @@ class Checks {
  public:
   Checks(const char* op, const char* name, const Tensor& first) : op_(op), first_(name), device_(first.get_device()) {}
 
-  [[noreturn]] void fail(const std::string& message) const { throw std::runtime_error(op_ + (": " + message)); }
+  [[noreturn]] void fail(const std::string& message) const {
+    throw std::runtime_error(std::string(op_) + ": " + message);
+  }
 
-  void expect(bool ok, const std::string& message) const {
-    if (!ok) fail(message);
+  // `message` makes the text, for it takes longer than the check.
+  template <typename Message>
+  void expect(bool ok, Message&& message) const {
+    if (!ok) fail(message());
   }
 
   DType dtype(const char* name, ScalarType dtype) const {
@@ -65,20 +69,24 @@ class Checks {
 
   // A 2-D tensor, columns next to each other, rows at any stride.
   Matrix matrix(const char* name, const Tensor& t) const {
-    expect(t.dim() == 2, std::string(name) + " has shape " + text(t.sizes()) + ", expected (rows, columns)");
-    expect(t.size(0) < (int64_t(1) << 31),
-           std::string(name) + " has " + std::to_string(t.size(0)) + " rows, expected fewer than 2147483648");
-    expect(t.stride(1) == 1 || t.size(1) <= 1,
-           std::string(name) + " has strides " + text(t.strides()) + ", expected 1 for the last dimension");
+    expect(t.dim() == 2,
+           [&] { return std::string(name) + " has shape " + text(t.sizes()) + ", expected (rows, columns)"; });
+    expect(t.size(0) < (int64_t(1) << 31), [&] {
+      return std::string(name) + " has " + std::to_string(t.size(0)) + " rows, expected fewer than 2147483648";
+    });
+    expect(t.stride(1) == 1 || t.size(1) <= 1, [&] {
+      return std::string(name) + " has strides " + text(t.strides()) + ", expected 1 for the last dimension";
+    });
     same_device(name, t);
     const int64_t stride = t.size(0) == 1 ? t.size(1) : t.stride(0);  // that of a single row may be anything
     return {t.data_ptr(), stride, dtype(name, t.scalar_type())};
   }
 
   Matrix matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols, const char* like) const {
-    expect(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, std::string(name) + " has shape " + text(t.sizes()) +
-                                                                       ", expected (" + std::to_string(rows) + ", " +
-                                                                       std::to_string(cols) + ") like " + like);
+    expect(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, [&] {
+      return std::string(name) + " has shape " + text(t.sizes()) + ", expected (" + std::to_string(rows) + ", " +
+             std::to_string(cols) + ") like " + like;
+    });
     return matrix(name, t);
   }
 
@@ -89,13 +97,17 @@ class Checks {
   // A contiguous 1-D tensor of `size` elements in float32 or in `other`; absent is allowed.
   Vector vector(const char* name, const MaybeTensor& t, int64_t size, DType other, const char* like) const {
     if (!t) return {};
-    expect(t->dim() == 1 && t->size(0) == size, std::string(name) + " has shape " + text(t->sizes()) + ", expected (" +
-                                                    std::to_string(size) + ") like " + like);
-    expect(t->stride(0) == 1 || size <= 1, std::string(name) + " is not contiguous, expected a stride of 1");
+    expect(t->dim() == 1 && t->size(0) == size, [&] {
+      return std::string(name) + " has shape " + text(t->sizes()) + ", expected (" + std::to_string(size) + ") like " +
+             like;
+    });
+    expect(t->stride(0) == 1 || size <= 1,
+           [&] { return std::string(name) + " is not contiguous, expected a stride of 1"; });
     same_device(name, *t);
     const DType kind = dtype(name, t->scalar_type());
-    expect(kind == DType::kFloat32 || kind == other,
-           std::string(name) + " is " + text(t->scalar_type()) + ", expected float32 or the dtype of " + like);
+    expect(kind == DType::kFloat32 || kind == other, [&] {
+      return std::string(name) + " is " + text(t->scalar_type()) + ", expected float32 or the dtype of " + like;
+    });
     return {t->data_ptr(), kind};
   }
 
@@ -106,20 +118,22 @@ class Checks {
   // `wide` is `narrow`, or float32 beside 16 bits.
   void fits(const char* wide_name, DType wide, const char* narrow_name, DType narrow) const {
     expect(wide == narrow || wide == DType::kFloat32,
-           std::string(wide_name) + " has 16 bits, expected float32 or the dtype of " + narrow_name);
+           [&] { return std::string(wide_name) + " has 16 bits, expected float32 or the dtype of " + narrow_name; });
   }
 
   void same_dtype(const char* name, DType dtype, const char* other_name, DType other) const {
-    expect(dtype == other, std::string(name) + " and " + other_name + " have two dtypes, expected one");
+    expect(dtype == other, [&] { return std::string(name) + " and " + other_name + " have two dtypes, expected one"; });
   }
 
  private:
   void same_device(const char* name, const Tensor& t) const {
-    expect(t.get_device() == device_, std::string(name) + " is on device " + std::to_string(t.get_device()) +
-                                          ", expected " + std::to_string(device_) + " like " + first_);
+    expect(t.get_device() == device_, [&] {
+      return std::string(name) + " is on device " + std::to_string(t.get_device()) + ", expected " +
+             std::to_string(device_) + " like " + first_;
+    });
   }
 
-  std::string op_;
+  const char* op_;
   const char* first_;
   int device_;
 };

@@ -42,9 +42,10 @@ namespace {
 int64_t samples(const Checks& checks, const MaybeTensor& row_scale, int64_t rows) {
   if (!row_scale) return rows;
   const int64_t count = row_scale->dim() == 1 ? row_scale->size(0) : -1;
-  checks.expect(count > 0 ? rows % count == 0 : count == 0 && rows == 0,
-                "row_scale has shape " + text(row_scale->sizes()) + ", expected one factor a sample of " +
-                    std::to_string(rows) + " rows");
+  checks.expect(count > 0 ? rows % count == 0 : count == 0 && rows == 0, [&] {
+    return "row_scale has shape " + text(row_scale->sizes()) + ", expected one factor a sample of " +
+           std::to_string(rows) + " rows";
+  });
   return count;
 }
 

@@ -18,19 +18,23 @@ Tile tile_of(const Checks& checks, const std::string& name) {
 
 // A matrix that TMA can read or write.
 Matrix tma(const Checks& checks, const char* name, const Matrix& m, int64_t cols) {
-  checks.expect(cols % 8 == 0,
-                std::string(name) + " has " + std::to_string(cols) + " columns, expected a multiple of 8");
-  checks.expect(m.stride >= cols, std::string(name) + " has rows that overlap, expected a stride of " +
-                                      std::to_string(cols) + " or more");
-  checks.expect(aligned(m), std::string(name) + " is misaligned, expected rows that start at multiples of 16 bytes");
+  checks.expect(cols % 8 == 0, [&] {
+    return std::string(name) + " has " + std::to_string(cols) + " columns, expected a multiple of 8";
+  });
+  checks.expect(m.stride >= cols, [&] {
+    return std::string(name) + " has rows that overlap, expected a stride of " + std::to_string(cols) + " or more";
+  });
+  checks.expect(aligned(m), [&] {
+    return std::string(name) + " is misaligned, expected rows that start at multiples of 16 bytes";
+  });
   return m;
 }
 
 // The same, of 16-bit operands in one dtype.
 Matrix tma(const Checks& checks, const char* name, const Matrix& m, int64_t cols, DType dtype) {
-  checks.expect(m.dtype != DType::kFloat32, std::string(name) + " is float32, expected 16 bits");
+  checks.expect(m.dtype != DType::kFloat32, [&] { return std::string(name) + " is float32, expected 16 bits"; });
   checks.same_dtype(name, m.dtype, "x", dtype);
-  checks.expect(cols > 0, std::string(name) + " has no columns, expected at least 8");
+  checks.expect(cols > 0, [&] { return std::string(name) + " has no columns, expected at least 8"; });
   return tma(checks, name, m, cols);
 }
 
