@@ -104,11 +104,10 @@ def layernorm_mlp_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``out (..., E)`` in x's dtype; ``mean, rstd (M,)``; ``h (M, F)``, fc1's result, empty without ``save``."""
     rows = _rows(x)
-    if residual and _joins_mlp(rows, fc1_weight, fc2_weight):
+    tiles = _joined_mlp_tiles(rows, fc1_weight, fc2_weight) if residual else None
+    if tiles is not None:
         params = _norm(norm_weight, norm_bias, fc1_weight)
-        count = rows.shape[0]
-        tiles = _sm90.tile("linear_act", fc1_weight, count), _sm90.tile("linear_residual", fc2_weight, count)
-        factors = _readable(layer_scale, fc2_weight), _row_factors(row_scale, count)
+        factors = _readable(layer_scale, fc2_weight), _row_factors(row_scale, rows.shape[0])
         biased = fc1_weight, _dense(fc1_bias), fc2_weight, _dense(fc2_bias)
         out, h, mean, rstd = ops.layernorm_mlp_residual(rows, *params, *biased, *factors, eps, act, save, *tiles)
         return out.view(x.shape), mean, rstd, h
@@ -167,28 +166,33 @@ def _norm_linear_act(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``act(h), h, mean, rstd`` with ``h = linear(layer_norm(x))``, (M, F), empty without ``save``."""
     params = _norm(norm_weight, norm_bias, weight)
-    if _joins(weight):
-        tile = _sm90.tile("linear_act", weight, x.shape[0])
+    tile = _joined_tile(x, weight)
+    if tile is not None:
         return ops.layernorm_linear_act(x, *params, weight, _dense(bias), eps, act, save, tile)
     y, mean, rstd = ops.layernorm_fwd(x, *params, eps, weight.dtype)
     return *_linear_act(y, weight, bias, act, save), mean, rstd
 
 
-def _joins(weight: Tensor) -> bool:
-    """Whether LayerNorm and Hopper's product behind it are one call. What LayerNorm writes suits any product."""
-    return hasattr(ops, "layernorm_linear_act") and _sm90.takes(ops, weight.shape[0], weight=weight)
+def _joined_tile(x: Tensor, weight: Tensor) -> str | None:
+    """The tile of Hopper's product behind a LayerNorm of x in the same call; None where there is no such call.
+
+    What LayerNorm writes suits any product.
+    """
+    return _sm90.tile(ops, "linear_act", x.shape[0], weight) if hasattr(ops, "layernorm_linear_act") else None
 
 
-def _joins_mlp(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) -> bool:
-    """Whether all of ``x + fc2(act(fc1(layer_norm(x))))`` is one call."""
-    if not _joins(fc1_weight):
-        return False
-    return fc2_weight.dtype == fc1_weight.dtype and _sm90.takes(ops, fc2_weight.shape[0], x, weight=fc2_weight)
+def _joined_mlp_tiles(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) -> tuple[str, str] | None:
+    """The tiles of fc1 and fc2 where all of ``x + fc2(act(fc1(layer_norm(x))))`` is one call."""
+    fc1 = _joined_tile(x, fc1_weight)
+    if fc1 is None or fc2_weight.dtype != fc1_weight.dtype:
+        return None
+    fc2 = _sm90.tile(ops, "linear_residual", x.shape[0], fc2_weight, x)
+    return None if fc2 is None else (fc1, fc2)
 
 
 def _linear_act(y: Tensor, weight: Tensor, bias: Tensor | None, act: str, save: bool) -> tuple[Tensor, Tensor]:
-    if _sm90.takes(ops, weight.shape[0], y=y, weight=weight):
-        tile = _sm90.tile("linear_act", weight, y.shape[0])
+    tile = _sm90.tile(ops, "linear_act", y.shape[0], weight, y=y)
+    if tile is not None:
         return ops.linear_act(y, weight, _dense(bias), act, save, tile)
     h = F.linear(y, weight, bias)
     if act == "none":
@@ -255,12 +259,10 @@ def _linear_residual(
 ) -> Tensor:
     """``residual + row_scale * layer_scale * linear(x)``, (M, O) in ``dtype``."""
     x = x if x.dtype == weight.dtype else x.to(weight.dtype)
-    cols = weight.shape[0]
-    if residual is not None and _sm90.takes(ops, cols, residual, x=x, weight=weight):
+    tile = None if residual is None else _sm90.tile(ops, "linear_residual", x.shape[0], weight, residual, x=x)
+    if tile is not None:
         factors = _readable(layer_scale, weight), _row_factors(row_scale, x.shape[0])
-        return ops.linear_residual(
-            x, weight, _dense(bias), residual, *factors, _sm90.tile("linear_residual", weight, x.shape[0])
-        )
+        return ops.linear_residual(x, weight, _dense(bias), residual, *factors, tile)
     plain = layer_scale is None and row_scale is None
     if plain and residual is None:
         return _linear_act(x, weight, bias, "none", False)[0].to(dtype)

@@ -6,6 +6,7 @@ what follows in one kernel. They are compiled where setup.py found CUTLASS, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -72,24 +73,40 @@ def _why_not_read(name: str, matrix: Tensor) -> list[str]:
 
 
 _MOST_KNOWN = 4096
-_known: dict[tuple, list[str]] = {}
+_known: dict[tuple, Any] = {}
 
 
 def takes(ops: Any, cols: int, residual: Tensor | None = None, **matrices: Tensor) -> bool:
-    """Whether ``why_not`` has no reason; it is asked once for all matrices of one layout."""
-    tensors = tuple(matrices.values()) if residual is None else (*matrices.values(), residual)
-    layouts = [(t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors]
-    index = tensors[0].device.index or 0
-    key = (hasattr(ops, "linear_act"), device_facts(index), index, cols, residual is None, *layouts)
-    reasons = _known.get(key)
-    if reasons is None:
+    """Whether ``why_not`` has no reason."""
+
+    def find() -> bool:
+        return not why_not(ops, cols, residual, **matrices)
+
+    return _remembered(find, ops, (cols, residual is None), *matrices.values(), residual)
+
+
+def tile(
+    ops: Any, op: str, rows: int, weight: Tensor, residual: Tensor | None = None, **matrices: Tensor
+) -> str | None:
+    """Name of the tile for ``rows`` rows times a weight (outputs, depth), None where ``why_not`` has a reason."""
+
+    def find() -> str | None:
+        if why_not(ops, weight.shape[0], residual, **matrices, weight=weight):
+            return None
+        multiprocessors = device_facts(weight.device.index or 0)[1]
+        return _tiles.choose(op, NAMES[weight.dtype], rows, *weight.shape, multiprocessors)
+
+    return _remembered(find, ops, (op, rows, residual is None), weight, *matrices.values(), residual)
+
+
+def _remembered(find: Callable[[], Any], ops: Any, key: tuple, *tensors: Tensor | None) -> Any:
+    """What ``find`` found for matrices of the same layouts."""
+    layouts = [(t.dtype, t.shape, t.stride(), t.data_ptr() % 16) for t in tensors if t is not None]
+    index = tensors[0].device.index or 0  # type: ignore[union-attr]
+    key = (*key, hasattr(ops, "linear_act"), device_facts(index), index, *layouts)
+    found = _known.get(key, _known)
+    if found is _known:
         if len(_known) >= _MOST_KNOWN:
             _known.clear()
-        reasons = _known[key] = why_not(ops, cols, residual, **matrices)
-    return not reasons
-
-
-def tile(op: str, weight: Tensor, rows: int) -> str:
-    """Name of the tile for ``rows`` rows times a weight (outputs, depth)."""
-    multiprocessors = device_facts(weight.device.index or 0)[1]
-    return _tiles.choose(op, NAMES[weight.dtype], rows, *weight.shape, multiprocessors)
+        found = _known[key] = find()
+    return found
