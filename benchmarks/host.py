@@ -108,6 +108,7 @@ def op_calls(block: Block, x: Tensor, dtype: torch.dtype) -> dict[str, tuple[Cal
     width = x.shape[-1]
     qkv = torch.randn(*x.shape[:2], 3 * width, dtype=dtype)
     first = (norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias)
+    projection = (attn.proj.weight, attn.proj.bias)
     second = (norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
 
     def attend() -> Tensor:
@@ -118,7 +119,7 @@ def op_calls(block: Block, x: Tensor, dtype: torch.dtype) -> dict[str, tuple[Cal
         "layernorm_linear": (lambda: ops.layernorm_linear(x, *first), lambda: attn.qkv(norm(x))),
         "attention_packed": (lambda: ops.attention_packed(qkv, HEADS), attend),
         "linear_residual": (
-            lambda: ops.linear_residual(x, attn.proj.weight, attn.proj.bias, x),
+            lambda: ops.linear_residual(x, *projection, x),
             lambda: x + attn.proj(x),
         ),
         "layernorm_mlp": (

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .. import _extension, packs
 from ..dispatch import Backend, Op
@@ -47,7 +48,7 @@ def _key(op: Op, args: tuple) -> tuple | None:
 def _add_facts(facts: list[Any], args: tuple) -> bool:
     for arg in args:
         kind = type(arg)
-        if kind is torch.nn.Parameter or kind is Tensor:
+        if kind is Parameter or kind is Tensor:
             facts += (arg.shape, arg.dtype, arg.device, arg.requires_grad)
         elif kind in _NUMBERS:
             facts.append(arg)
