@@ -263,6 +263,29 @@ def test_same_bits_every_time_on_any_stream(gpu):
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("rows", [3, 197, 2000])
+def test_kernels_that_start_early_wait_for_what_they_read(gpu, rows):
+    """Writers and readers of the same memory, activations and weights, back to back and with a pause after each."""
+    x, norm = gpu.draw(rows, 768, dtype=BF16), (gpu.draw(768, dtype=BF16), gpu.draw(768, dtype=BF16))
+    fc1, fc2 = gpu.draw(3072, 768, dtype=BF16, scale=0.03), gpu.draw(768, 3072, dtype=BF16, scale=0.02)
+
+    def chain(pause):
+        y, w1, w2, shift = x.clone(), fc1.clone(), fc2.clone(), norm[1].clone()
+        for step in range(40):
+            tile = ("large", "small")[step % 2]
+            for tensor in (y, w1, w2, shift):
+                tensor.mul_(1 - 0.01 * step)
+            normed, _, _ = gpu.ops.layernorm_fwd(y, norm[0], shift, 1e-6, BF16)
+            pause()
+            h, _ = gpu.ops.linear_act(normed, w1, shift.repeat(4), "gelu", False, tile)
+            pause()
+            y = gpu.ops.linear_residual(h, w2, shift, y, None, None, tile)
+            pause()
+        return y
+
+    assert torch.equal(chain(lambda: None), chain(torch.cuda.synchronize))
+
+
 def test_captured_by_a_graph(gpu):
     x, weight = gpu.draw(197, 768, dtype=BF16), gpu.draw(3072, 768, dtype=BF16, scale=0.03)
     wanted, _ = gpu.ops.linear_act(x, weight, None, "gelu", False, "small")
