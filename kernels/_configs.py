@@ -96,10 +96,9 @@ def attention_settings(
     if arch // 10 == 9 and cols == (64,):  # measured: two kernels of many small programs beat one that holds a head
         if kernel == "bwd_dq":
             return AttentionSettings(cols, 64, 32, num_stages=3)
-        blocks = -(-keys // 64)
-        if blocks % 2:  # 128 keys at a time would be half a block more
-            return AttentionSettings(cols, 32, 64, num_stages=3)
-        return AttentionSettings(cols, 32, 128, num_warps=8, max_registers=128)
+        if dim == 64 and -(-keys // 64) % 2 == 0:  # whole blocks of 128, and no mask that would take registers
+            return AttentionSettings(cols, 32, 128, num_warps=8, max_registers=128)
+        return AttentionSettings(cols, 32, 64, num_stages=3)
     if kernel == "bwd_dq":
         return AttentionSettings(cols, 64, 64 if hopper or not wide else 32)
     if hopper and cols == (64,) and keys <= 256:  # dK and dV of a whole head stay in registers

@@ -280,17 +280,20 @@ def _attention_short_fwd_kernel(
     v = load_tiles(v_ptr, stride_vn, Nk, D, UNIT, COLS, KEYS)
     begin = pid_m * blocks * BLOCK_M
     end = tl.minimum(begin + blocks * BLOCK_M, Nq)
-    q = load(q_ptr, begin + tl.arange(0, BLOCK_M), stride_qn, Nq, D, UNIT, COLS)
+    if RUNNING:
+        q = load(q_ptr, begin + tl.arange(0, BLOCK_M), stride_qn, Nq, D, UNIT, COLS)
     for start_m in range(begin, end, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        q_next = load(q_ptr, offs_m + BLOCK_M, stride_qn, end, D, UNIT, COLS)
-        if RUNNING:
+        if RUNNING:  # the registers it leaves hold the next queries, on their way meanwhile
+            q_next = load(q_ptr, offs_m + BLOCK_M, stride_qn, end, D, UNIT, COLS)
             acc, row_max, row_sum = attend_by_tile(q, k, v, Nk, scale, BLOCK_M, COLS, KEYS)
         else:
+            q = load(q_ptr, offs_m, stride_qn, Nq, D, UNIT, COLS)
             acc, row_max, row_sum = attend_at_once(q, k, v, Nk, scale, BLOCK_M, COLS, KEYS)
         store(out_ptr, offs_m, stride_on, Nq, scaled(acc, 1.0 / row_sum[:, None]), D, UNIT, COLS)
         save_statistics(lse_ptr, (b * H + h) * Nq + offs_m, 0, offs_m < Nq, row_max, row_sum, scale, False)
-        q = q_next
+        if RUNNING:
+            q = q_next
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
