@@ -243,7 +243,7 @@ def test_other_cards_take_the_portable_path(capability, monkeypatch):
     x = device.draw(8, 48, dtype=BF16)
     (reason,) = _sm90.why_not(_cuda.ops, 48, x=x, weight=x)
     assert f"compute capability {capability[0]}.{capability[1]}, Hopper's products need 9.0" in reason
-    monkeypatch.setattr(_sm90, "tile", lambda *_: pytest.fail("a product of Hopper's was chosen"))
+    monkeypatch.setattr(_sm90._tiles, "choose", lambda *_: pytest.fail("a product of Hopper's was chosen"))
     testing.assert_op_as_accurate("layernorm_mlp", run, testing.make_inputs("layernorm_mlp", SMALL, 2, BF16))
 
 
