@@ -49,7 +49,9 @@ def candidates(kernel: str, dtype: torch.dtype, dim: int, keys: int, arch: int) 
         for form, (m, warps), running in product(sorted(forms), owned, (False, True)):
             stages = 1 if running else 2  # queries that wait in shared memory would cost a program
             choice = AttentionSettings(cols, m, keys=form, num_warps=warps, num_stages=stages, running=running)
-            found += [choice, replace(choice, max_registers=128)]
+            found.append(choice)
+            if len(form) > 1:  # one tile of all keys does not fit
+                found.append(replace(choice, max_registers=128))
     if kernel == "bwd" and keys <= 256 and dim <= 64:
         for form, m, warps in product(((128, 128), (256,)), (16, 32, 64), (8, 16)):
             found.append(AttentionSettings(cols, m, keys=form, num_warps=warps))
