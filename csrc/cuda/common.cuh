@@ -179,15 +179,18 @@ __device__ inline T* row_of(const Matrix& m, int64_t row) {
   return static_cast<T*>(m.data) + row * m.stride;
 }
 
+__device__ inline float warp_sum(float v) {
+#pragma unroll
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) v += __shfl_xor_sync(0xffffffffu, v, lane);
+  return v;
+}
+
 // Every thread gets the block's sum of each of the R values, added in a fixed order.
 // `shared` holds R * (threads / 32) floats; calls in a row alternate between two of them, one barrier each.
 template <int R>
 __device__ inline void block_sum(float (&v)[R], float* shared) {
 #pragma unroll
-  for (int i = 0; i < R; ++i) {
-#pragma unroll
-    for (int lane = kWarp / 2; lane > 0; lane /= 2) v[i] += __shfl_xor_sync(0xffffffffu, v[i], lane);
-  }
+  for (int i = 0; i < R; ++i) v[i] = warp_sum(v[i]);
   const int warps = blockDim.x / kWarp;
   if (warps == 1) return;
   if (threadIdx.x % kWarp == 0) {

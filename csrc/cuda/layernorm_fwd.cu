@@ -7,12 +7,6 @@ constexpr int kRows = 4;  // warps of a block, one row each
 constexpr int kMaxVecs = 16;
 constexpr int kAnyThreads = 256;
 
-__device__ inline float warp_sum(float v) {
-#pragma unroll
-  for (int lane = kWarp / 2; lane > 0; lane /= 2) v += __shfl_xor_sync(0xffffffffu, v, lane);
-  return v;
-}
-
 // Rows of up to VECS * 256 columns. Without the least number of blocks said, nvcc spills for more of them.
 template <typename X, typename Y, int VECS>
 __global__ void __launch_bounds__(kRows* kWarp, 1) layernorm_fwd_kernel(LayerNormFwd p) {
