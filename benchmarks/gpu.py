@@ -120,7 +120,7 @@ def run_stage(name: str, limit: float, args: argparse.Namespace, result: dict[st
         if name == "build":
             return build(limit)
         if name == "test":
-            return test(limit, args.rehearse, result)
+            return test(limit, args.rehearse, result, path)
         if name == "sanitize":
             return sanitize(limit, args.rehearse)
         if name == "calibrate":
@@ -172,10 +172,11 @@ def build(limit: float) -> dict[str, Any]:
     return {"ok": code == 0, "exit": code, "loaded": loaded.strip(), "output": "" if code == 0 else output}
 
 
-def test(limit: float, rehearse: bool, result: dict[str, Any]) -> dict[str, Any]:
+def test(limit: float, rehearse: bool, result: dict[str, Any], path: Path) -> dict[str, Any]:
     """The parity certificate on the device, then the tests of the kernels, side by side on all cores."""
     start = time.monotonic()
     outcome = parity(limit * 0.6, rehearse, result)
+    save(path, result)  # whatever becomes of the tests
     if rehearse:
         return outcome
     tests = run_pytest(limit - (time.monotonic() - start))

@@ -107,6 +107,22 @@ def test_calibration_of_the_kernels(gpu, monkeypatch):
     json.dumps(calibration.rows)
 
 
+def test_the_certificate_outlives_its_stage(gpu, monkeypatch, tmp_path):
+    def parity(limit, rehearse, result):
+        result["parity"] = [{"passed": True}]
+        return {"ok": True, "broken": {}}
+
+    def ended(limit):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "parity", parity)
+    monkeypatch.setattr(gpu, "run_pytest", ended)
+    path = tmp_path / "result.json"
+    with pytest.raises(KeyboardInterrupt):
+        gpu.test(100, False, gpu.load(path), path)
+    assert gpu.load(path)["parity"] == [{"passed": True}]
+
+
 def test_a_run_that_is_ended_keeps_what_it_timed(gpu, monkeypatch, tmp_path):
     def run(command, *_, **__):
         if done:
