@@ -126,12 +126,23 @@ FASTVIT_INLINE void micro_tile(const GemmTile<c10::BFloat16>& t, int64_t r, int6
 }
 #endif
 
+// `count` <= ROWS rows from row `r` on.
+template <int ROWS, int VECTORS, class T>
+FASTVIT_INLINE void micro_rows(const GemmTile<T>& t, int64_t r, int64_t n, int64_t count) {
+  if constexpr (ROWS > 1) {
+    if (count < ROWS) return micro_rows<ROWS - 1, VECTORS>(t, r, n, count);
+  }
+  micro_tile<ROWS, VECTORS>(t, r, n);
+}
+
+// The fewest tiles of at most ROWS rows, as equal as they can be: a tile of one or two rows waits for B.
 template <int ROWS, int VECTORS, class T>
 FASTVIT_INLINE void micro_columns(const GemmTile<T>& t, int64_t n) {
-  int64_t r = 0;
-  for (; r + ROWS <= t.rows; r += ROWS) micro_tile<ROWS, VECTORS>(t, r, n);
-  for (; r + 2 <= t.rows; r += 2) micro_tile<2, VECTORS>(t, r, n);
-  if (r < t.rows) micro_tile<1, VECTORS>(t, r, n);
+  const int64_t tiles = ceil_div(t.rows, ROWS);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const Range rows = piece(t.rows, tiles, i);
+    micro_rows<ROWS, VECTORS>(t, rows.begin, n, rows.size());
+  }
 }
 
 template <class T>
