@@ -62,3 +62,17 @@ def test_slopes(act):
     exact = h.double().requires_grad_()
     (wanted,) = torch.autograd.grad(reference.activation(exact, act).sum(), exact)
     assert (slope.double() - wanted[0]).abs().max() <= 4e-7
+
+
+@pytest.mark.parametrize("act", reference.ACTIVATIONS)
+def test_slopes_in_bfloat16(act):
+    """Every value; rounded, the slope is within one unit of the exact one, or 6e-5 where it crosses zero."""
+    eye, ones, zeros = torch.eye(SIDE).bfloat16(), torch.ones(1, SIDE).bfloat16(), torch.zeros(SIDE, SIDE).bfloat16()
+    mask = [False, False, False, False, True, False, False, False]
+    given = (None, None, zeros, eye, None, None, None)
+    h = every_value().view(-1, 1, SIDE)
+    slopes = [C.layernorm_mlp_bwd(ones, zeros[:1], *torch.ones(2, 1), part, *given, act, False, mask)[4] for part in h]
+    exact = h.double().requires_grad_()
+    (wanted,) = torch.autograd.grad(reference.activation(exact, act).sum(), exact)
+    error = (torch.stack(slopes).double() - wanted[:, 0]).abs()
+    assert (error <= torch.finfo(torch.bfloat16).eps * wanted[:, 0].abs() + 6e-5).all()

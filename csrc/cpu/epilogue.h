@@ -41,17 +41,21 @@ struct ResidualTile {
 };
 void store_residual(const ResidualTile& args);
 
-// The tile is dA, the gradient of act(h). Writes act(h) and dA * act'(h), (rows, 64) each, to float32 tiles with row
-// stride 64, and adds the columns of the latter to `column_sum` (64).
+// The tile is dA, the gradient of act(h). Writes act(h) and dH = dA * act'(h) as (rows, 64) tiles, dH to its rows in
+// memory too where these are wanted, and adds its columns to `column_sum` (64).
+template <class T>
 struct ActivationGradTile {
   const float* da;  // (rows, 64), row stride 64
   const void* h;    // (rows, columns)
   int64_t h_stride;
-  at::ScalarType h_dtype;
+  at::ScalarType h_dtype;  // bfloat16 where T is
   int64_t rows, columns;
-  float *activated, *dh;
+  T *activated, *dh;  // row stride 64; in bfloat16 two rows side by side, as a panel has them
+  T* dh_rows;         // (rows, 64) of a matrix, may be null
+  int64_t dh_stride;
   double* column_sum;
 };
-void activation_backward(const ActivationGradTile& tile, Activation act);
+void activation_backward(const ActivationGradTile<float>& tile, Activation act);
+void activation_backward(const ActivationGradTile<c10::BFloat16>& tile, Activation act);
 
 }  // namespace fastvit::cpu

@@ -77,9 +77,6 @@ bool packs_narrow();
 void pack_panel(const float* src, int64_t stride, int64_t n, int64_t k, const float* scale, float* dst);
 void pack_panel(const c10::BFloat16* src, int64_t stride, int64_t n, int64_t k, const float* scale, c10::BFloat16* dst);
 
-// A (k, 64) float32 tile in bfloat16 pairs; an odd last row is paired with zeros.
-void pack_pairs(const float* tile, int64_t k, c10::BFloat16* dst);
-
 struct PackedWeight {
   int64_t n = 0, k = 0, panels = 0;
   at::Tensor data;

@@ -26,7 +26,7 @@ struct TransposedRows {
 // dst[e * ld + m] = src[m * width + e] for 16 rows m
 void transpose_rows16(const float* src, int64_t width, void* dst, int64_t ld, at::ScalarType dtype);
 
-// load(i, buffer) returns row i in float32, in `buffer`, which has `spare` values more, or elsewhere.
+// load(i, buffer) writes row i in float32 to `buffer`, and as many as `spare` values behind it.
 template <class T, class Load>
 TransposedRows<T> transpose_rows(int64_t rows, int64_t width, const Load& load, int64_t spare = 0) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
@@ -35,12 +35,11 @@ TransposedRows<T> transpose_rows(int64_t rows, int64_t width, const Load& load, 
   T* data = out.storage.template mutable_data_ptr<T>();
   parallel_tasks(ceil_div(rows, ROW_GROUP), [&](int64_t group) {
     Scratch scratch;
-    float* buffer = scratch.take<float>(width + spare);
-    float* sixteen = scratch.take<float>(LANES * width);
+    float* sixteen = scratch.take<float>(LANES * width + spare);
     for (int64_t m0 = group * ROW_GROUP; m0 < std::min(rows, (group + 1) * ROW_GROUP); m0 += LANES) {
       for (int64_t i = 0; i < LANES; ++i) {
         if (m0 + i < rows) {
-          std::copy_n(load(m0 + i, buffer), width, sixteen + i * width);
+          load(m0 + i, sixteen + i * width);
         } else {
           std::fill_n(sixteen + i * width, width, 0.0f);
         }
@@ -137,7 +136,6 @@ TransposedRows<T> transposed_norm(const Rows& x, const at::Tensor& mean, const a
   const float *gamma = norm_weight.const_data_ptr<float>(), *beta = norm_bias.const_data_ptr<float>();
   return transpose_rows<T>(x.count, x.width, [&](int64_t i, float* buffer) {
     normalize_row(x.as_float(i, buffer), x.width, {means[i], rstds[i]}, gamma, beta, buffer, at::kFloat);
-    return buffer;
   });
 }
 

@@ -58,7 +58,6 @@ void pack_panel(const c10::BFloat16* src, int64_t stride, int64_t n, int64_t k, 
 void transpose_panel(const float* src, int64_t stride, int64_t n, int64_t k, float* dst) {
   kernels().transpose_panel(src, stride, n, k, dst);
 }
-void pack_pairs(const float* tile, int64_t k, c10::BFloat16* dst) { kernels().pack_pairs(tile, k, dst); }
 void transpose_rows16(const float* src, int64_t width, void* dst, int64_t ld, at::ScalarType dtype) {
   kernels().transpose_rows16(src, width, dst, ld, dtype);
 }
@@ -84,7 +83,12 @@ void store_activated(const TileSource& tile, Activation act, const TileTarget& a
   kernels().store_activated(tile, act, activated, pre_activation);
 }
 void store_residual(const ResidualTile& args) { kernels().store_residual(args); }
-void activation_backward(const ActivationGradTile& tile, Activation act) { kernels().activation_backward(tile, act); }
+void activation_backward(const ActivationGradTile<float>& tile, Activation act) {
+  kernels().activation_backward(tile, act);
+}
+void activation_backward(const ActivationGradTile<c10::BFloat16>& tile, Activation act) {
+  kernels().activation_backward_bf16(tile, act);
+}
 
 void softmax_rows(const SoftmaxRows& block) { kernels().softmax_rows(block); }
 void store_scaled(const float* products, int64_t rows, int64_t columns, const float* factors,

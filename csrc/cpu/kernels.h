@@ -33,7 +33,6 @@ struct Kernels {
   void (*pack_panel)(const float*, int64_t, int64_t, int64_t, const float*, float*);
   void (*pack_panel_bf16)(const c10::BFloat16*, int64_t, int64_t, int64_t, const float*, c10::BFloat16*);
   decltype(&cpu::transpose_panel) transpose_panel;
-  decltype(&cpu::pack_pairs) pack_pairs;
   decltype(&cpu::transpose_rows16) transpose_rows16;
   decltype(&cpu::store_transposed) store_transposed;
   decltype(&cpu::dot_row) dot_row;
@@ -45,7 +44,8 @@ struct Kernels {
   decltype(&cpu::store_biased) store_biased;
   decltype(&cpu::store_activated) store_activated;
   decltype(&cpu::store_residual) store_residual;
-  decltype(&cpu::activation_backward) activation_backward;
+  void (*activation_backward)(const ActivationGradTile<float>&, Activation);
+  void (*activation_backward_bf16)(const ActivationGradTile<c10::BFloat16>&, Activation);
   decltype(&cpu::softmax_rows) softmax_rows;
   decltype(&cpu::store_scaled) store_scaled;
   decltype(&cpu::row_dots) row_dots;

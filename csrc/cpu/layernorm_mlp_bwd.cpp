@@ -32,8 +32,7 @@ struct MlpBackward {
   bool want_fc2() const { return dfc2_weight.count > 0 || dlayer_scale; }
 };
 
-// a and dH of 64 columns for a chunk of rows as the GEMM's right operands. Unless a packed panel is rows of float32,
-// they are made from one float32 tile at a time.
+// a and dH of 64 columns for a chunk of rows as the GEMM's right operands.
 template <class T>
 struct ChunkPanels {
   float *da, *activated_tile, *dh_tile;
@@ -46,12 +45,19 @@ struct ChunkPanels {
         dh(scratch.take<T>(ROW_CHUNK * PANEL)) {}
 };
 
-float* tile_for(float* tile, float* panel) { return packs_narrow() ? tile : panel; }
-float* tile_for(float* tile, c10::BFloat16*) { return tile; }
-void finish_panel(const float* tile, int64_t rows, float* panel) {
-  if (tile != panel) pack_panel(tile, PANEL, PANEL, rows, nullptr, panel);
+// Into the panels, at once where a tile lies as a panel does.
+template <class T>
+void fill_panels(ActivationGradTile<T> tile, Activation act, const ChunkPanels<T>& panels) {
+  if (sizeof(T) == 2 || !packs_narrow()) return activation_backward(tile, act);
+  if constexpr (sizeof(T) == 4) {
+    float *activated = tile.activated, *dh = tile.dh;
+    tile.activated = panels.activated_tile;
+    tile.dh = panels.dh_tile;
+    activation_backward(tile, act);
+    pack_panel(tile.activated, PANEL, PANEL, tile.rows, nullptr, activated);
+    pack_panel(tile.dh, PANEL, PANEL, tile.rows, nullptr, dh);
+  }
 }
-void finish_panel(const float* tile, int64_t rows, c10::BFloat16* panel) { pack_pairs(tile, rows, panel); }
 
 // a and dH of panel `p` for a chunk of rows.
 template <class T>
@@ -66,17 +72,10 @@ void hidden_chunk(const MlpBackward<T>& args, Range chunk, int64_t p, const T* f
     } else {
       std::fill_n(panels.da, count * PANEL, 0.0f);
     }
-    float* activated = tile_for(panels.activated_tile, panels.activated + at);
-    float* dh = tile_for(panels.dh_tile, panels.dh + at);
-    activation_backward(
-        {panels.da, tile_at(args.h, r0, p), args.h.stride(), args.h.dtype(), count, columns, activated, dh, dh_sum},
-        args.act);
-    finish_panel(activated, count, panels.activated + at);
-    finish_panel(dh, count, panels.dh + at);
-    if (args.dh_data) {
-      store_biased({dh, PANEL, count, PANEL, ZEROS},
-                   {args.dh_data + r0 * args.dh.ld + p * PANEL, args.dh.ld, c10::CppTypeToScalarType<T>::value});
-    }
+    T* dh_rows = args.dh_data ? args.dh_data + r0 * args.dh.ld + p * PANEL : nullptr;
+    fill_panels<T>({panels.da, tile_at(args.h, r0, p), args.h.stride(), args.h.dtype(), count, columns,
+                    panels.activated + at, panels.dh + at, dh_rows, args.dh.ld, dh_sum},
+                   args.act, panels);
   }
 }
 
@@ -199,7 +198,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
     if (args.want_fc2()) {
       args.g_transposed = transpose_rows<T>(rows.count, width, [&](int64_t i, float* buffer) {
         scale_row(grad.row(i), grad.dtype(), width, row_factor(i), buffer, at::kFloat);
-        return buffer;
       });
     }
     if (want_fc1) args.norm_transposed = transposed_norm<T>(rows, mean, rstd, gamma, beta);

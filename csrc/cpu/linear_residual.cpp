@@ -80,8 +80,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_residual_bwd(const Tensor& dou
       });
     }
     if (want_weight || want_scale) {
-      const auto transposed =
-          transpose_rows<T>(rows.count, rows.width, [&](int64_t i, float* buffer) { return rows.as_float(i, buffer); });
+      const auto transposed = transpose_rows<T>(rows.count, rows.width, [&](int64_t i, float* buffer) {
+        scale_row(rows.row(i), rows.dtype(), rows.width, 1.0f, buffer, at::kFloat);
+      });
       linear_weight_grad(transposed, g, rows.count, features,
                          {rows_if(want_weight, dweight), scale.const_data_ptr<float>(), rows_of(weight),
                           bias_values.const_data_ptr<float>(), want_scale ? sums.const_data_ptr<float>() : nullptr,

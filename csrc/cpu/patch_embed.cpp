@@ -202,11 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_embed_bwd(const Tensor& dout, const Ten
     const GradRows<T> g = scaled_rows<T>(grad, RowScale({}, grad.count));
     if (want_weight) {
       const auto transposed = transpose_rows<T>(
-          patches.count(), patches.pixels(),
-          [&](int64_t i, float* buffer) {
-            gather_patch(patches, i, buffer);
-            return buffer;
-          },
+          patches.count(), patches.pixels(), [&](int64_t i, float* buffer) { gather_patch(patches, i, buffer); },
           LANES);
       linear_weight_grad(transposed, g, grad.count, features, {rows_of(dweight.view({features, -1})), nullptr});
     }

@@ -61,26 +61,53 @@ FASTVIT_INLINE void store_residual_as(const ResidualTile& args) {
   });
 }
 
+// Sixteen columns of a row.
+template <class S, Activation A, class T>
+FASTVIT_INLINE ActivationGrad activation_grad_at(const ActivationGradTile<T>& tile, int64_t r, int64_t n) {
+  const int64_t left = tile.columns - n;
+  const S* h_row = static_cast<const S*>(tile.h) + r * tile.h_stride;
+  const f32x16 h = left > 0 ? load_part(h_row + n, left) : f32x16{};
+  return activation_grad<S, A>(h, load16(tile.da + r * PANEL + n));
+}
+
 template <class S, Activation A>
-FASTVIT_INLINE void activation_backward_by(const ActivationGradTile& tile) {
+FASTVIT_INLINE void activation_backward_by(const ActivationGradTile<float>& tile) {
   for (int64_t n = 0; n < PANEL; n += LANES) {
     f64x16 sum{};
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t left = tile.columns - n, at = r * PANEL + n;
-      const S* h_row = static_cast<const S*>(tile.h) + r * tile.h_stride;
-      const f32x16 h = left > 0 ? load_part(h_row + n, left) : f32x16{};
-      const Gate g = gate_and_slope<A>(h);
-      const f32x16 dh = load16(tile.da + at) * (g.value + h * g.slope);
-      store16(tile.activated + at, h * g.value);
-      store16(tile.dh + at, dh);
-      sum += dh;
+      const ActivationGrad grad = activation_grad_at<S, A>(tile, r, n);
+      store16(tile.activated + r * PANEL + n, grad.activated);
+      store16(tile.dh + r * PANEL + n, grad.dx);
+      if (tile.dh_rows) store16(tile.dh_rows + r * tile.dh_stride + n, grad.dx);
+      sum += grad.dx;
     }
     add_lanes(tile.column_sum + n, sum);
   }
 }
 
-template <class S>
-FASTVIT_INLINE void activation_backward_as(const ActivationGradTile& tile, Activation act) {
+template <class S, Activation A>
+FASTVIT_INLINE void activation_backward_by(const ActivationGradTile<c10::BFloat16>& tile) {
+  for (int64_t n = 0; n < PANEL; n += LANES) {
+    f64x16 sum{};
+    for (int64_t r = 0; r < tile.rows; r += 2) {
+      const bool paired = r + 1 < tile.rows;
+      const ActivationGrad even = activation_grad_at<S, A>(tile, r, n);
+      const ActivationGrad odd = paired ? activation_grad_at<S, A>(tile, r + 1, n) : ActivationGrad{};
+      store_pairs(tile.activated + r * PANEL + 2 * n, even.activated, odd.activated);
+      store_pairs(tile.dh + r * PANEL + 2 * n, even.dx, odd.dx);
+      if (tile.dh_rows) {
+        store16(tile.dh_rows + r * tile.dh_stride + n, even.dx);
+        if (paired) store16(tile.dh_rows + (r + 1) * tile.dh_stride + n, odd.dx);
+      }
+      sum += even.dx;
+      sum += odd.dx;
+    }
+    add_lanes(tile.column_sum + n, sum);
+  }
+}
+
+template <class S, class T>
+FASTVIT_INLINE void activation_backward_as(const ActivationGradTile<T>& tile, Activation act) {
   switch (act) {
     case Activation::gelu:
       return activation_backward_by<S, Activation::gelu>(tile);
@@ -103,8 +130,12 @@ void store_activated(const TileSource& tile, Activation act, const TileTarget& a
 
 void store_residual(const ResidualTile& args) { FASTVIT_BY_DTYPE(args.target.dtype, store_residual_as, args); }
 
-void activation_backward(const ActivationGradTile& tile, Activation act) {
+void activation_backward(const ActivationGradTile<float>& tile, Activation act) {
   FASTVIT_BY_DTYPE(tile.h_dtype, activation_backward_as, tile, act);
+}
+
+void activation_backward_bf16(const ActivationGradTile<c10::BFloat16>& tile, Activation act) {
+  activation_backward_as<c10::BFloat16>(tile, act);
 }
 
 }  // namespace fastvit::cpu::FASTVIT_ISA

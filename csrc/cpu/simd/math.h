@@ -35,22 +35,37 @@ FASTVIT_INLINE f32x16 coarse_exp2(f32x16 x) {
   return from_bits(bits(p) + (bits(shifted) << 23));
 }
 
-// x * normal_cdf(x) to 5e-5 of its size, which bfloat16 rounds away: max(x, 0) - |x| Phi(-|x|).
-FASTVIT_INLINE f32x16 coarse_gelu(f32x16 x) {
-  const f32x16 magnitude = from_bits(bits(x) & 0x7fffffff);
-  const f32x16 a = select(magnitude > NormalTail::end, NormalTail::end, magnitude);
+struct Gate {
+  f32x16 value, slope;
+};
+
+// Phi(-a) of the normal distribution to 5e-5 of its size, which bfloat16 rounds away; a from 0 to NormalTail::end.
+FASTVIT_INLINE f32x16 coarse_tail(f32x16 a) {
   f32x16 p = a * NormalTail::c6 + NormalTail::c5;
   p = p * a + NormalTail::c4;
   p = p * a + NormalTail::c3;
   p = p * a + NormalTail::c2;
   p = p * a + NormalTail::c1;
   p = p * a + NormalTail::c0;
-  return select(x < 0.0f, 0.0f, x) - a * coarse_exp2(select(p < -126.0f, -126.0f, p));
+  return coarse_exp2(select(p < -126.0f, -126.0f, p));
 }
 
-struct Gate {
-  f32x16 value, slope;
-};
+// |x|, but not beyond NormalTail::end
+FASTVIT_INLINE f32x16 tail_argument(f32x16 x) {
+  const f32x16 magnitude = from_bits(bits(x) & 0x7fffffff);
+  return select(magnitude > NormalTail::end, NormalTail::end, magnitude);
+}
+
+// x * normal_cdf(x) = max(x, 0) - |x| Phi(-|x|)
+FASTVIT_INLINE f32x16 coarse_gelu(f32x16 x) {
+  const f32x16 a = tail_argument(x);
+  return select(x < 0.0f, 0.0f, x) - a * coarse_tail(a);
+}
+
+FASTVIT_INLINE Gate coarse_gelu_gate(f32x16 x) {
+  const f32x16 a = tail_argument(x), tail = coarse_tail(a), p = a * a * -0.721347520f;
+  return {select(x < 0.0f, tail, 1.0f - tail), coarse_exp2(select(p < -126.0f, -126.0f, p)) * 0.398942280f};
+}
 
 // The normal distribution's integral. |x| is small: 1/2 + erf/2 by its odd series. Otherwise from erfc(t) = exp(r(t)),
 // which loses nothing on the negative side. Coefficients: N. Juffa's erff, error below 1 ulp of erf.
@@ -91,16 +106,24 @@ FASTVIT_INLINE Gate gate_and_slope(f32x16 x) {
   return sigmoid_gate(x * (1.59576912f + 0.0713548162f * s), 1.59576912f + 0.214064449f * s);
 }
 
-template <Activation A>
-FASTVIT_INLINE f32x16 gate(f32x16 x) {
-  return gate_and_slope<A>(x).value;
-}
+// As exact as results in S can be.
+template <class S, Activation A>
+constexpr bool COARSE = A == Activation::gelu && std::is_same_v<S, c10::BFloat16>;
 
-// The activation itself, as exact as a result in S can be.
 template <class S, Activation A>
 FASTVIT_INLINE f32x16 activate(f32x16 x) {
-  if constexpr (A == Activation::gelu && std::is_same_v<S, c10::BFloat16>) return coarse_gelu(x);
-  return x * gate<A>(x);
+  if constexpr (COARSE<S, A>) return coarse_gelu(x);
+  return x * gate_and_slope<A>(x).value;
+}
+
+// The activation, and `da` times its derivative.
+struct ActivationGrad {
+  f32x16 activated, dx;
+};
+template <class S, Activation A>
+FASTVIT_INLINE ActivationGrad activation_grad(f32x16 x, f32x16 da) {
+  const Gate g = COARSE<S, A> ? coarse_gelu_gate(x) : gate_and_slope<A>(x);
+  return {x * g.value, da * (g.value + x * g.slope)};
 }
 
 }  // namespace fastvit::cpu::FASTVIT_ISA

@@ -36,8 +36,7 @@ void copy_row_pair(const c10::BFloat16* even, const c10::BFloat16* odd, int64_t 
   for (int64_t col = 0; col < PANEL; col += LANES) {
     const f32x16 low = n > col ? load_part(even + col, n - col) : f32x16{};
     const f32x16 high = n > col && odd ? load_part(odd + col, n - col) : f32x16{};
-    const u32x16 pair = bf16_bits(low * even_scale) | bf16_bits(high * odd_scale) << 16;
-    store_u32(dst + 2 * col, pair);
+    store_pairs(dst + 2 * col, low * even_scale, high * odd_scale);
   }
 }
 
@@ -71,17 +70,6 @@ void pack_panel_bf16(const c10::BFloat16* src, int64_t stride, int64_t n, int64_
     const bool paired = i + 1 < k;
     copy_row_pair(src + i * stride, paired ? src + (i + 1) * stride : nullptr, n, scale ? scale[i] : 1.0f,
                   scale && paired ? scale[i + 1] : 1.0f, dst + i * PANEL);
-  }
-}
-
-void pack_pairs(const float* tile, int64_t k, c10::BFloat16* dst) {
-  for (int64_t i = 0; i < k; i += 2) {
-    for (int64_t col = 0; col < PANEL; col += LANES) {
-      const f32x16 low = load16(tile + i * PANEL + col);
-      const f32x16 high = i + 1 < k ? load16(tile + (i + 1) * PANEL + col) : f32x16{};
-      const u32x16 pair = bf16_bits(low) | bf16_bits(high) << 16;
-      store_u32(dst + i * PANEL + 2 * col, pair);
-    }
   }
 }
 

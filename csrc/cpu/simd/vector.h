@@ -186,26 +186,46 @@ FASTVIT_INLINE void store_u16(void* dst, u32x16 value) {
   }
 }
 
+#if FASTVIT_HAS_DOT_PAIRS
+// The processor's own rounding, where it has one: also to nearest even, but numbers below 2^-126 become 0. The
+// intrinsic would bind the templates to one target.
+static const bool ROUNDS_TO_BF16 = __builtin_cpu_supports("avx512bf16");
+FASTVIT_INLINE shorts rounded_to_bf16(f32x16 value) {
+  shorts rounded;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(value.part[0]));
+  return rounded;
+}
+#endif
+
 // Round to nearest even; the result sits in the low 16 bits.
 FASTVIT_INLINE u32x16 bf16_bits(f32x16 value) {
+#if FASTVIT_HAS_DOT_PAIRS
+  if (ROUNDS_TO_BF16) {
+    u32x16 out;
+    out.part[0] = __builtin_convertvector(rounded_to_bf16(value), words);
+    return out;
+  }
+#endif
   const u32x16 raw = bits(value);
   const u32x16 rounded = (raw + 0x7fff + ((raw >> 16) & 1)) >> 16;
   return select((raw & 0x7fffffff) > 0x7f800000u, 0x7fc0u, rounded);
 }
 
-#if FASTVIT_HAS_DOT_PAIRS
-// The processor's own rounding, where it has one: also to nearest even, but numbers below 2^-126 become 0. The
-// intrinsic would bind the templates to one target.
-static const bool ROUNDS_TO_BF16 = __builtin_cpu_supports("avx512bf16");
 FASTVIT_INLINE void store16(c10::BFloat16* dst, f32x16 value) {
-  if (!ROUNDS_TO_BF16) return store_u16(dst, bf16_bits(value));
-  shorts rounded;
-  asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(value.part[0]));
-  __builtin_memcpy(dst, &rounded, sizeof(rounded));
-}
-#else
-FASTVIT_INLINE void store16(c10::BFloat16* dst, f32x16 value) { store_u16(dst, bf16_bits(value)); }
+#if FASTVIT_HAS_DOT_PAIRS
+  if (ROUNDS_TO_BF16) {
+    const shorts rounded = rounded_to_bf16(value);
+    __builtin_memcpy(dst, &rounded, sizeof(rounded));
+    return;
+  }
 #endif
+  store_u16(dst, bf16_bits(value));
+}
+
+// Two rows of bfloat16, the values of a column side by side.
+FASTVIT_INLINE void store_pairs(c10::BFloat16* dst, f32x16 even, f32x16 odd) {
+  store_u32(dst, bf16_bits(even) | bf16_bits(odd) << 16);
+}
 
 // Round to nearest even by adding a power of two that pushes the discarded bits out of the mantissa.
 FASTVIT_INLINE void store16(c10::Half* dst, f32x16 value) {
