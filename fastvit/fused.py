@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_state
 
 from .block_parts import BlockParts, read_block
+from .block_plan import run_block
 from .kinds import ACTIVATIONS, HEAD_NORMS, is_watched, kind_of
 from .ops import attention, attention_packed, layernorm_linear, layernorm_mlp, linear_residual, patch_embed
 from .reference import HeadNorm, normalize_pixels, unpack_qkv
@@ -191,7 +192,8 @@ def block_forward(
     """
     parts = read_block(block) if attn_mask is None and not is_causal and _may_read(x) else None
     if parts is not None:
-        return _run_mlp(parts, _project_read(parts, *_attend_read(parts, x)), memory)
+        out = run_block(parts, x)
+        return out if out is not None else _run_mlp(parts, _project_read(parts, *_attend_read(parts, x)), memory)
     if _why_not_block(block):
         x = _add_branch(block, 1, x, _call_attention(block.attn, block.norm1(x), attn_mask, is_causal))
         return _add_branch(block, 2, x, block.mlp(block.norm2(x)))

@@ -1,0 +1,198 @@
+// Glue: a transformer block's inference in one call. With a small batch the host's way to an op takes longer than its
+// kernel runs; here it is gone once a block, with two allocations. fastvit/block_plan.py makes the plan.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "cuda/compiled_kernel.h"
+#include "cuda/sm90/products.h"
+
+namespace fastvit::sm90 {
+namespace {
+
+// What is the same for all calls of one kind, byte for byte as fastvit/block_plan.py packs it.
+struct BlockPlan {
+  int64_t batch, tokens, width, attended, hidden;  // B, N, E, H * D, F
+  int64_t statistics;                              // float32 values that the attention's forward saves
+  float eps1, eps2;
+  Activation act;
+  Tile qkv, proj, fc1, fc2;
+  uint32_t reserved;
+  CompiledKernel attention;
+
+  int64_t rows() const { return batch * tokens; }
+};
+static_assert(sizeof(BlockPlan) == 304);
+
+struct Norm {
+  Vector weight, bias;
+  float eps;
+};
+
+struct Linear {
+  Matrix weight;  // (cols, depth)
+  Vector bias, layer_scale;
+  int64_t cols, depth;
+  Tile tile;
+};
+
+BlockPlan read_plan(const Checks& checks, const Tensor& plan) {
+  BlockPlan read;
+  checks.expect(plan.is_cpu() && plan.numel() == int64_t(sizeof read) && plan.is_contiguous(),
+                [] { return std::string("plan is of another version of fastvit"); });
+  std::memcpy(&read, plan.data_ptr(), sizeof read);
+  return read;
+}
+
+// x (B, N, E) as (B * N, E), where its strides allow.
+Matrix rows_of(const Checks& checks, const Tensor& x, const BlockPlan& plan) {
+  checks.expect(x.dim() == 3 && x.size(0) == plan.batch && x.size(1) == plan.tokens && x.size(2) == plan.width,
+                [&] { return "x has shape " + text(x.sizes()) + ", expected the plan's"; });
+  checks.expect(plan.rows() < (int64_t(1) << 31), [] { return std::string("x has 2147483648 rows or more"); });
+  const bool joined = plan.batch == 1 || x.stride(0) == plan.tokens * x.stride(1);
+  checks.expect(x.stride(2) == 1 && joined, [&] { return "x has strides " + text(x.strides()); });
+  const Matrix rows{x.data_ptr(), x.stride(1), checks.dtype("x", x.scalar_type())};
+  return tma(checks, "x", rows, plan.width);
+}
+
+Norm norm(const Checks& checks, const MaybeTensor& weight, const MaybeTensor& bias, int64_t cols, float eps,
+          DType dtype) {
+  const Norm read{checks.vector("norm_weight", weight, cols, dtype, "x"),
+                  checks.vector("norm_bias", bias, cols, dtype, "x"), eps};
+  if (weight && bias) checks.same_dtype("norm_weight", read.weight.dtype, "norm_bias", read.bias.dtype);
+  return read;
+}
+
+Linear linear(const Checks& checks, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& layer_scale,
+              int64_t cols, int64_t depth, Tile tile, DType dtype) {
+  const Matrix read = checks.matrix("weight", weight, cols, depth, "the plan");
+  const Vector added = checks.vector("bias", bias, cols, dtype, "weight");
+  if (bias) checks.same_dtype("bias", added.dtype, "weight", dtype);
+  const Vector scale = checks.vector("layer_scale", layer_scale, cols, dtype, "weight");
+  return {tma(checks, "weight", read, depth, dtype), added, scale, cols, depth, tile};
+}
+
+// One allocation for everything between x and the result.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, std::initializer_list<int64_t> bytes) {
+    int64_t total = 0;
+    for (const int64_t part : bytes) total += rounded(part);
+    memory_ = empty(like, {total}, ScalarType::Byte);
+    next_ = static_cast<char*>(memory_.data_ptr());
+  }
+
+  char* take(int64_t bytes) {
+    char* part = next_;
+    next_ += rounded(bytes);
+    return part;
+  }
+
+ private:
+  static int64_t rounded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+  Tensor memory_;
+  char* next_;
+};
+
+// The kernels of one block, in order, on one stream.
+struct Run {
+  const BlockPlan& plan;
+  cudaStream_t stream;
+  int device;
+  float* statistics;  // of a LayerNorm, which nobody reads
+
+  void layernorm(const Matrix& x, const Norm& norm, const Matrix& y) const {
+    LayerNormFwd p{};
+    p.x = x, p.y = y, p.weight = norm.weight, p.bias = norm.bias;
+    p.mean = statistics, p.rstd = statistics + plan.rows();
+    p.rows = plan.rows(), p.cols = int(plan.width), p.eps = norm.eps;
+    check_launch("block", launch_layernorm_fwd(p, stream));
+  }
+
+  void linear_act(const Matrix& x, const Linear& linear, Activation act, const Matrix& y) const {
+    LinearAct p{};
+    p.x = x, p.weight = linear.weight, p.bias = linear.bias, p.y = y, p.act = act;
+    p.rows = plan.rows(), p.cols = linear.cols, p.depth = linear.depth, p.tile = linear.tile, p.device = device;
+    run("block", p, stream);
+  }
+
+  void linear_residual(const Matrix& x, const Linear& linear, const Matrix& residual, const Matrix& y) const {
+    LinearResidual p{};
+    p.x = x, p.weight = linear.weight, p.bias = linear.bias, p.layer_scale = linear.layer_scale;
+    p.residual = residual, p.y = y;
+    p.rows = plan.rows(), p.cols = linear.cols, p.depth = linear.depth, p.tile = linear.tile, p.device = device;
+    run("block", p, stream);
+  }
+
+  void attend(char* qkv, char* out, float* saved) const {
+    const int64_t step = 2 * plan.attended;  // bytes from a token's q to its k, and on to its v
+    check_launch("block", launch_compiled(plan.attention, {qkv, qkv + step, qkv + 2 * step, out, saved}, stream));
+  }
+};
+
+Tensor run_block(const Checks& checks, const BlockPlan& plan, const Tensor& x, const Norm& norm1, const Linear& qkv,
+                 const Linear& proj, const Norm& norm2, const Linear& fc1, const Linear& fc2) {
+  const Matrix input = rows_of(checks, x, plan);
+  const DType dtype = qkv.weight.dtype;
+  checks.fits("x", input.dtype, "weight", dtype);
+  const int64_t rows = plan.rows(), packed_bytes = 6 * rows * plan.attended, wide = input.dtype == dtype ? 2 : 4;
+  const int64_t hidden_bytes = std::max(packed_bytes + 2 * rows * plan.attended, 2 * rows * plan.hidden);
+  const int64_t middle_bytes = wide * rows * plan.width;
+  const int64_t norm_bytes = 8 * rows, attention_bytes = 4 * plan.statistics;
+
+  const OnDevice device(x);
+  const Tensor out = empty(x, {plan.batch, plan.tokens, plan.width}, x.scalar_type());
+  Workspace workspace(x, {hidden_bytes, middle_bytes, norm_bytes, attention_bytes});
+  // fc1's result goes where qkv and the attention's were; LayerNorm's into the result, which fc2 alone writes over
+  char* const hidden = workspace.take(hidden_bytes);
+  const Matrix packed{hidden, 3 * plan.attended, dtype}, a{hidden, plan.hidden, dtype};
+  const Matrix attended{hidden + packed_bytes, plan.attended, dtype};
+  const Matrix middle{workspace.take(middle_bytes), plan.width, input.dtype};
+  const Matrix normed{out.data_ptr(), plan.width, dtype}, result{out.data_ptr(), plan.width, input.dtype};
+  float* const statistics = reinterpret_cast<float*>(workspace.take(norm_bytes));
+  float* const saved = reinterpret_cast<float*>(workspace.take(attention_bytes));
+
+  const Run run{plan, device.stream(), x.get_device_index(), statistics};
+  run.layernorm(input, norm1, normed);
+  run.linear_act(normed, qkv, Activation::kNone, packed);
+  run.attend(hidden, static_cast<char*>(attended.data), saved);
+  run.linear_residual(attended, proj, input, middle);
+  run.layernorm(middle, norm2, normed);
+  run.linear_act(normed, fc1, plan.act, a);
+  run.linear_residual(a, fc2, middle, result);
+  return out;
+}
+
+// x + attention's branch, plus the MLP's; nothing where an argument is not as the plan and the kernels want it.
+MaybeTensor block(Tensor x, MaybeTensor norm1_weight, MaybeTensor norm1_bias, Tensor qkv_weight, MaybeTensor qkv_bias,
+                  Tensor proj_weight, MaybeTensor proj_bias, MaybeTensor layer_scale1, MaybeTensor norm2_weight,
+                  MaybeTensor norm2_bias, Tensor fc1_weight, MaybeTensor fc1_bias, Tensor fc2_weight,
+                  MaybeTensor fc2_bias, MaybeTensor layer_scale2, Tensor plan) try {
+  const Checks checks("block", "x", x);
+  const BlockPlan p = read_plan(checks, plan);
+  const DType dtype = checks.dtype("qkv_weight", qkv_weight.scalar_type());
+  const int64_t width = p.width, attended = p.attended, hidden = p.hidden;
+  return run_block(checks, p, x, norm(checks, norm1_weight, norm1_bias, width, p.eps1, dtype),
+                   linear(checks, qkv_weight, qkv_bias, {}, 3 * attended, width, p.qkv, dtype),
+                   linear(checks, proj_weight, proj_bias, layer_scale1, width, attended, p.proj, dtype),
+                   norm(checks, norm2_weight, norm2_bias, width, p.eps2, dtype),
+                   linear(checks, fc1_weight, fc1_bias, {}, hidden, width, p.fc1, dtype),
+                   linear(checks, fc2_weight, fc2_bias, layer_scale2, width, hidden, p.fc2, dtype));
+} catch (const Misfit&) {
+  return {};
+}
+
+}  // namespace
+}  // namespace fastvit::sm90
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastvit_cuda, m) {
+  m.def(
+      "block(Tensor x, Tensor? norm1_weight, Tensor? norm1_bias, Tensor qkv_weight, Tensor? qkv_bias,"
+      " Tensor proj_weight, Tensor? proj_bias, Tensor? layer_scale1, Tensor? norm2_weight, Tensor? norm2_bias,"
+      " Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale2, Tensor plan)"
+      " -> Tensor?");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CUDA, m) { m.impl("block", TORCH_BOX(&fastvit::sm90::block)); }
