@@ -20,8 +20,8 @@ from . import _extension, dispatch
 from .block_parts import BlockParts
 from .ops import _cuda, _register, _sm90, _tiles
 
-# BlockPlan of block.cpp: batch, tokens, width, attended, hidden, statistics; eps1, eps2; activation, four tiles
-_LAYOUT = Struct("=6q2f5i4x")
+# BlockPlan of block.cpp: batch, tokens, width, attended, hidden, statistics; eps1, eps2; act, class_token, five tiles
+_LAYOUT = Struct("=6q2f7i4x")
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _TILES = ("large", "small")
 _MOST_KEPT = 1024
@@ -33,19 +33,20 @@ class Plan(NamedTuple):
     """What ``run`` reads of it: a BlockPlan, byte by byte."""
     backends: tuple[Any, ...]
     """That it stands in for."""
-    attention: Any
-    """A launch that was made before; kept, so that its binary stays loaded."""
+    class_token: bool
+    launch: Any
+    """The attention's, made before; kept, so that its binary stays loaded."""
 
 
 _plans: dict[tuple, Plan | None] = {}
 
 
-def run_block(parts: BlockParts, x: Tensor) -> Tensor | None:
-    """What the block makes of x (B, N, E); None where the four ops have to run."""
+def run_block(parts: BlockParts, x: Tensor, class_token: bool = False) -> Tensor | None:
+    """What the block makes of x (B, N, E), or of its token 0 alone; None where the ops have to run."""
     if not (_is_on_gpu(x) and _is_plain(parts) and _is_unwatched() and _needs_no_gradient(parts, x)):
         return None
-    key = _key(parts, x)
-    plan = _plans[key] if key in _plans else _find_plan(key, parts, x)
+    key = _key(parts, x, class_token)
+    plan = _plans[key] if key in _plans else _find_plan(key, parts, x, class_token)
     return None if plan is None or _is_outdated(plan) else _run(plan, parts, x)
 
 
@@ -79,35 +80,38 @@ def _needs_no_gradient(parts: BlockParts, x: Tensor) -> bool:
 
 
 def _is_outdated(plan: Plan) -> bool:
-    return plan.backends != _backends() or plan.attention.is_watched()
+    return plan.backends != _backends(plan.class_token) or plan.launch.is_watched()
 
 
-def _backends() -> tuple[Any, ...]:
+def _backends(class_token: bool) -> tuple[Any, ...]:
+    """Those whose kernels block.cpp launches."""
     ops = dispatch.OPS
     return (
         ops["layernorm_linear"].backends.get("cuda"),
-        ops["attention_packed"].backends.get("triton"),
+        ops["attention" if class_token else "attention_packed"].backends.get("triton"),
         ops["linear_residual"].backends.get("cuda"),
         ops["layernorm_mlp"].backends.get("cuda"),
     )
 
 
-def _key(parts: BlockParts, x: Tensor) -> tuple:
+def _key(parts: BlockParts, x: Tensor, class_token: bool) -> tuple:
     """All that a plan depends on."""
     qkv, fc1 = parts.qkv[0], parts.mlp[2]
     sizes = (x.shape, x.dtype, x.device, qkv.shape, qkv.dtype, fc1.shape)
-    return sizes, parts.heads, parts.eps1, parts.eps2, parts.act, dispatch.choices()
+    return sizes, parts.heads, parts.eps1, parts.eps2, parts.act, class_token, dispatch.choices()
 
 
-def _find_plan(key: tuple, parts: BlockParts, x: Tensor) -> Plan | None:
+def _find_plan(key: tuple, parts: BlockParts, x: Tensor, class_token: bool) -> Plan | None:
     """From the second call on: the first one, by the ops, compiles the attention and launches it."""
     plan = None
     if _may_have_plan(parts, x):
-        attention = _made_launch(parts, x)
-        if attention is None:
+        heads, backends = _empty_heads(parts, x, class_token), _backends(class_token)
+        launch = _made_launch(heads, parts)
+        if launch is None:
             return None
-        if attention.is_packable() and _are_chosen(_backends(), parts, x):
-            plan = Plan(_cuda.ops.block.default, _pack(parts, x, attention), _backends(), attention)
+        if launch.is_packable() and _are_chosen(backends, heads, parts, x):
+            packed = _pack(parts, x, class_token, launch)
+            plan = Plan(_cuda.ops.block.default, packed, backends, class_token, launch)
     if len(_plans) >= _MOST_KEPT:
         _plans.clear()
     _plans[key] = plan
@@ -128,15 +132,43 @@ def _may_have_plan(parts: BlockParts, x: Tensor) -> bool:
     return hasattr(_cuda.ops, "block") and not _sm90.why_not_built(_cuda.ops, x.device.index or 0)
 
 
-def _are_chosen(backends: tuple[Any, ...], parts: BlockParts, x: Tensor) -> bool:
+def class_token_heads(q: Tensor, kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, 1, H * D) and kv (B, N, 2 * H * D) as q (B, H, 1, D), k and v (B, H, N, D)."""
+    k, v = kv.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q.unflatten(-1, (num_heads, -1)).transpose(1, 2), k, v
+
+
+def _empty_heads(parts: BlockParts, x: Tensor, class_token: bool) -> tuple[Tensor, ...]:
+    """Laid out as what the attention is given: a packed projection, or the class token's q, and k and v of all."""
+    weight, (batch, tokens, _) = parts.qkv[0], x.shape
+    width = weight.shape[0] // 3
+    if not class_token:
+        return (weight.new_empty(batch, tokens, 3 * width),)
+    return class_token_heads(
+        weight.new_empty(batch, 1, width), weight.new_empty(batch, tokens, 2 * width), parts.heads[0]
+    )
+
+
+def _made_launch(heads: tuple[Tensor, ...], parts: BlockParts) -> Any:
+    from .kernels import attention, attention_few  # type: ignore[attr-defined]
+
+    num_heads, _, scale = parts.heads
+    if len(heads) == 1:
+        return attention.made_packed_fwd(*heads, num_heads, scale)
+    return attention_few.made_few_fwd(*heads, scale)
+
+
+def _are_chosen(backends: tuple[Any, ...], heads: tuple[Tensor, ...], parts: BlockParts, x: Tensor) -> bool:
     """Whether these are what the ops choose for such a call."""
-    ops, qkv, (num_heads, _, scale) = dispatch.OPS, _new_qkv(parts, x), parts.heads
-    attended = qkv[..., : qkv.shape[-1] // 3]
+    ops, (num_heads, _, scale) = dispatch.OPS, parts.heads
+    residual = x if len(heads) == 1 else x[:, :1]
+    attended = heads[0].new_empty(*residual.shape[:2], parts.qkv[0].shape[0] // 3)
+    options = (num_heads, 0.0, scale) if len(heads) == 1 else (None, False, 0.0, scale)
     calls: dict[str, tuple] = {
         "layernorm_linear": (x, *parts.norm1, *parts.qkv, parts.eps1, True),
-        "attention_packed": (qkv, num_heads, 0.0, scale, None, None, None),
-        "linear_residual": (attended, *parts.proj, x, parts.gamma1, None),
-        "layernorm_mlp": (x, *parts.mlp, parts.gamma2, None, parts.act, parts.eps2, True, "default"),
+        "attention_packed" if len(heads) == 1 else "attention": (*heads, *options, None, None, None),
+        "linear_residual": (attended, *parts.proj, residual, parts.gamma1, None),
+        "layernorm_mlp": (residual, *parts.mlp, parts.gamma2, None, parts.act, parts.eps2, True, "default"),
     }
     try:
         return tuple(ops[name].select(*arguments) for name, arguments in calls.items()) == backends
@@ -144,32 +176,21 @@ def _are_chosen(backends: tuple[Any, ...], parts: BlockParts, x: Tensor) -> bool
         return False  # which the op says itself
 
 
-def _new_qkv(parts: BlockParts, x: Tensor) -> Tensor:
-    weight = parts.qkv[0]
-    return weight.new_empty(*x.shape[:2], weight.shape[0])
-
-
-def _made_launch(parts: BlockParts, x: Tensor) -> Any:
-    from .kernels import attention  # type: ignore[attr-defined]
-
-    num_heads, _, scale = parts.heads
-    return attention.made_packed_fwd(_new_qkv(parts, x), num_heads, scale)
-
-
-def _pack(parts: BlockParts, x: Tensor, attention: Any) -> Tensor:
+def _pack(parts: BlockParts, x: Tensor, class_token: bool, launch: Any) -> Tensor:
     """A BlockPlan."""
     batch, tokens, width = x.shape
     attended, hidden, num_heads = parts.qkv[0].shape[0] // 3, parts.mlp[2].shape[0], parts.heads[0]
-    sizes = (batch, tokens, width, attended, hidden, batch * num_heads * tokens)  # one statistic a query of a head
-    rows, dtype = batch * tokens, _sm90.NAMES[parts.qkv[0].dtype]
-    multiprocessors = _sm90.device_facts(x.device.index or 0)[1]
+    rows, queries = batch * tokens, batch if class_token else batch * tokens
+    sizes = (batch, tokens, width, attended, hidden, queries * num_heads)  # one statistic a query of a head
     products = (
-        ("linear_act", 3 * attended, width),
-        ("linear_residual", width, attended),
-        ("linear_act", hidden, width),
-        ("linear_residual", width, hidden),
+        ("linear_act", queries, attended, width),
+        ("linear_act", rows, (2 if class_token else 3) * attended, width),
+        ("linear_residual", queries, width, attended),
+        ("linear_act", queries, hidden, width),
+        ("linear_residual", queries, width, hidden),
     )
-    tiles = (_tiles.choose(op, dtype, rows, cols, depth, multiprocessors) for op, cols, depth in products)
-    numbers = (_ACTIVATIONS.index(parts.act), *map(_TILES.index, tiles))
-    packed = _LAYOUT.pack(*sizes, parts.eps1, parts.eps2, *numbers) + attention.packed()
+    dtype, multiprocessors = _sm90.NAMES[parts.qkv[0].dtype], _sm90.device_facts(x.device.index or 0)[1]
+    tiles = [_tiles.choose(op, dtype, *size, multiprocessors) for op, *size in products]
+    kinds = (_ACTIVATIONS.index(parts.act), class_token, *map(_TILES.index, tiles))
+    packed = _LAYOUT.pack(*sizes, parts.eps1, parts.eps2, *kinds) + launch.packed()
     return torch.frombuffer(bytearray(packed), dtype=torch.uint8)

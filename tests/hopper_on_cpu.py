@@ -25,8 +25,8 @@ class Compiled:
     """What Triton makes of a launch of the plain attention's forward."""
 
     def __init__(self, launch):
-        q = launch.arguments[0]
-        self.shape, self.dtype, self.unit = q.shape, q.dtype, launch.constexprs["UNIT"]
+        q, k = launch.arguments[:2]
+        self.q_shape, self.k_shape, self.dtype, self.unit = q.shape, k.shape, q.dtype, launch.constexprs["UNIT"]
         self.src = SimpleNamespace(signature=launch.aot_case("").signature)
         self.kinds = [kind for kind in self.src.signature.values() if kind != "constexpr"]
         self.packed_metadata = (4, 1, 0)
@@ -39,17 +39,21 @@ class Compiled:
         self.attend(*(kind.from_address(parameters[i]).value for i, kind in enumerate(kinds)))
 
     def attend(self, q, k, v, out, lse, *numbers):
-        strides, scale, (batch, heads, tokens, _) = numbers[:12], numbers[12], self.shape
-        assert numbers[13:16] == (heads, tokens, tokens)
-        q, k, v, out = (self._rows(ptr, strides[3 * i : 3 * i + 3]) for i, ptr in enumerate((q, k, v, out)))
+        strides, scale, (batch, heads, queries, _) = numbers[:12], numbers[12], self.q_shape
+        assert numbers[13:16] == (heads, queries, self.k_shape[2])
+        shapes = (self.q_shape, self.k_shape, self.k_shape, self.q_shape)
+        q, k, v, out = (
+            self._rows(ptr, shape, strides[3 * i : 3 * i + 3])
+            for i, (ptr, shape) in enumerate(zip((q, k, v, out), shapes, strict=True))
+        )
         out.copy_(torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale))
-        saved = _memory(lse, batch * heads * tokens, torch.float32).view(batch, heads, tokens)
+        saved = _memory(lse, batch * heads * queries, torch.float32).view(batch, heads, queries)
         saved.copy_((q.float() @ k.float().transpose(-2, -1) * scale).logsumexp(-1))
 
-    def _rows(self, address, strides):
+    def _rows(self, address, shape, strides):
         strides = (*(self.unit * stride for stride in strides), 1)
-        reach = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, strides, strict=True))
-        return _memory(address, reach, self.dtype).as_strided(self.shape, strides)
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        return _memory(address, reach, self.dtype).as_strided(shape, strides)
 
 
 class Launcher:
@@ -100,5 +104,5 @@ def hopper():
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         backends = dict.fromkeys(("layernorm_linear", "linear_residual", "layernorm_mlp"), "cuda")
-        stack.enter_context(use_backend(attention_packed="triton", **backends))
+        stack.enter_context(use_backend(attention="triton", attention_packed="triton", **backends))
         yield

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from functools import partial
 from unittest import mock
 
 import cuda_on_cpu
@@ -12,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvit import block_plan, dispatch, layers
+from fastvit import block_plan, dispatch, fused, layers
 from fastvit.dispatch import OPS, explaining, recording, use_backend
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -56,6 +57,7 @@ def outcome(call):
 
 
 def assert_as_by_ops(made, x):
+    """All tokens; ``made`` is a block, or any function of one."""
     ours, expected = outcome(lambda: made(x)), outcome(lambda: by_ops(made, x))
     if isinstance(expected, tuple):
         assert ours == expected
@@ -67,7 +69,8 @@ def assert_as_by_ops(made, x):
 def warmed(dtype=BF16, **options):
     """A block whose plan is there, and its input."""
     made, x = block(dtype, **options), tokens(dtype)
-    made(x), made(x)
+    for _ in range(2):
+        made(x), fused.class_token_block_forward(made, x)
     return made, x
 
 
@@ -80,6 +83,24 @@ OPTIONS = {
     "wide MLP": {"mlp_ratio": 6.0},
     "narrow MLP": {"mlp_ratio": 1.0},
 }
+
+
+def of_class_token(made):
+    return partial(fused.class_token_block_forward, made)
+
+
+@pytest.mark.parametrize("stream", [BF16, F32], ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_plan_of_the_class_token(options, stream, planned):
+    made, x = of_class_token(block(**OPTIONS[options])), tokens(stream)
+    first, second = made(x), made(x)
+    assert planned == [True]
+    assert torch.equal(first, second)
+    assert first.shape == (2, 1, WIDTH)
+    assert_as_by_ops(made, x.flip(0) + 1)
+    assert_as_by_ops(made, x[:1])
+    whole = block(**OPTIONS[options])(x)[:, :1]
+    torch.testing.assert_close(first, whole, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -106,7 +127,7 @@ def test_norms_in_float32(planned):
     made, x = warmed()
     made.norm1.float(), made.norm2.float()
     assert_as_by_ops(made, x)
-    assert planned == [True, True]
+    assert planned == [True] * 3
 
 
 def test_blocks_of_one_kind_share_a_plan(planned):
@@ -115,8 +136,8 @@ def test_blocks_of_one_kind_share_a_plan(planned):
     nn.init.normal_(second.attn.qkv.weight)
     assert_as_by_ops(second, x)
     assert not torch.equal(first(x), second(x))
-    assert len(block_plan._plans) == 1
-    assert planned == [True] * 4 or all(planned)
+    assert len(block_plan._plans) == 2
+    assert all(planned)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -129,6 +150,7 @@ def test_a_change_after_the_plan_was_made_counts(change):
     with use_backend(**attention):
         for _ in range(3):
             assert_as_by_ops(made, x)
+            assert_as_by_ops(of_class_token(made), x)
         assert not torch.equal(made(x), before)
 
 
@@ -156,7 +178,8 @@ def test_a_parameter_that_the_kernels_do_not_take(change, planned):
     planned.clear()
     MISFITS[change](made)
     assert_as_by_ops(made, x)
-    assert planned == [False]
+    assert_as_by_ops(of_class_token(made), x)
+    assert planned == [False] * 2
 
 
 def _inputs():
@@ -175,7 +198,8 @@ def test_inputs_of_every_layout(name, x, fits, planned):
     made, _ = warmed()
     planned.clear()
     assert_as_by_ops(made, x)
-    assert planned == [fits]
+    assert_as_by_ops(of_class_token(made), x)
+    assert planned == [fits] * 2
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (3, 5), (2, 9), (2, 4), (2, 1), (0, 5)], ids=str)
@@ -184,6 +208,7 @@ def test_other_shapes(shape):
     x = torch.randn(*shape, WIDTH).to(BF16)
     for _ in range(3):
         assert_as_by_ops(made, x)
+        assert_as_by_ops(of_class_token(made), x)
 
 
 def test_without_a_batch_or_with_another_dtype():
@@ -382,9 +407,9 @@ def test_plans_are_bounded(monkeypatch):
 
 def test_a_plan_of_another_layout_is_left():
     made, x = warmed()
-    (key, plan), *_ = block_plan._plans.items()
     expected = made(x)
-    block_plan._plans[key] = plan._replace(packed=plan.packed[:-8])
+    for key, plan in block_plan._plans.items():
+        block_plan._plans[key] = plan._replace(packed=plan.packed[:-8])
     assert torch.equal(made(x), expected)
 
 

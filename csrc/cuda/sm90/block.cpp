@@ -17,13 +17,15 @@ struct BlockPlan {
   int64_t statistics;                              // float32 values that the attention's forward saves
   float eps1, eps2;
   Activation act;
-  Tile qkv, proj, fc1, fc2;
+  int32_t class_token;  // 1: of token 0 alone, as keys and values are of all
+  Tile query, packed, proj, fc1, fc2;
   uint32_t reserved;
   CompiledKernel attention;
 
   int64_t rows() const { return batch * tokens; }
+  int64_t kept() const { return class_token ? batch : rows(); }  // rows of queries, and of all that follows
 };
-static_assert(sizeof(BlockPlan) == 304);
+static_assert(sizeof(BlockPlan) == 312);
 
 struct Norm {
   Vector weight, bias;
@@ -96,72 +98,103 @@ class Workspace {
   char* next_;
 };
 
-// The kernels of one block, in order, on one stream.
+struct Parts {
+  Norm norm1;
+  Linear qkv, proj;
+  Norm norm2;
+  Linear fc1, fc2;
+};
+
+// Some of the outputs of a linear layer.
+Linear outputs(const Linear& all, int64_t first, int64_t count, Tile tile) {
+  const auto past = [&](void* data, int64_t elements, DType dtype) {
+    return data == nullptr ? nullptr : static_cast<char*>(data) + elements * (dtype == DType::kFloat32 ? 4 : 2);
+  };
+  Linear part = all;
+  part.weight.data = past(all.weight.data, first * all.weight.stride, all.weight.dtype);
+  part.bias.data = past(all.bias.data, first, all.bias.dtype);
+  part.cols = count, part.tile = tile;
+  return part;
+}
+
+// The kernels of one block, on one stream.
 struct Run {
   const BlockPlan& plan;
   cudaStream_t stream;
   int device;
   float* statistics;  // of a LayerNorm, which nobody reads
 
-  void layernorm(const Matrix& x, const Norm& norm, const Matrix& y) const {
+  void layernorm(int64_t rows, const Matrix& x, const Norm& norm, const Matrix& y) const {
     LayerNormFwd p{};
     p.x = x, p.y = y, p.weight = norm.weight, p.bias = norm.bias;
-    p.mean = statistics, p.rstd = statistics + plan.rows();
-    p.rows = plan.rows(), p.cols = int(plan.width), p.eps = norm.eps;
+    p.mean = statistics, p.rstd = statistics + rows;
+    p.rows = rows, p.cols = int(plan.width), p.eps = norm.eps;
     check_launch("block", launch_layernorm_fwd(p, stream));
   }
 
-  void linear_act(const Matrix& x, const Linear& linear, Activation act, const Matrix& y) const {
+  void linear_act(int64_t rows, const Matrix& x, const Linear& linear, Activation act, const Matrix& y) const {
     LinearAct p{};
     p.x = x, p.weight = linear.weight, p.bias = linear.bias, p.y = y, p.act = act;
-    p.rows = plan.rows(), p.cols = linear.cols, p.depth = linear.depth, p.tile = linear.tile, p.device = device;
+    p.rows = rows, p.cols = linear.cols, p.depth = linear.depth, p.tile = linear.tile, p.device = device;
     run("block", p, stream);
   }
 
-  void linear_residual(const Matrix& x, const Linear& linear, const Matrix& residual, const Matrix& y) const {
+  void linear_residual(int64_t rows, const Matrix& x, const Linear& linear, const Matrix& residual,
+                       const Matrix& y) const {
     LinearResidual p{};
     p.x = x, p.weight = linear.weight, p.bias = linear.bias, p.layer_scale = linear.layer_scale;
     p.residual = residual, p.y = y;
-    p.rows = plan.rows(), p.cols = linear.cols, p.depth = linear.depth, p.tile = linear.tile, p.device = device;
+    p.rows = rows, p.cols = linear.cols, p.depth = linear.depth, p.tile = linear.tile, p.device = device;
     run("block", p, stream);
   }
 
-  void attend(char* qkv, char* out, float* saved) const {
-    const int64_t step = 2 * plan.attended;  // bytes from a token's q to its k, and on to its v
-    check_launch("block", launch_compiled(plan.attention, {qkv, qkv + step, qkv + 2 * step, out, saved}, stream));
+  void attend(char* q, char* k, char* out, float* saved) const {
+    char* const v = k + 2 * plan.attended;  // both lie side by side in a row
+    check_launch("block", launch_compiled(plan.attention, {q, k, v, out, saved}, stream));
   }
 };
 
-Tensor run_block(const Checks& checks, const BlockPlan& plan, const Tensor& x, const Norm& norm1, const Linear& qkv,
-                 const Linear& proj, const Norm& norm2, const Linear& fc1, const Linear& fc2) {
+Tensor run_block(const Checks& checks, const BlockPlan& plan, const Tensor& x, const Parts& parts) {
   const Matrix input = rows_of(checks, x, plan);
-  const DType dtype = qkv.weight.dtype;
+  const DType dtype = parts.qkv.weight.dtype;
   checks.fits("x", input.dtype, "weight", dtype);
-  const int64_t rows = plan.rows(), packed_bytes = 6 * rows * plan.attended, wide = input.dtype == dtype ? 2 : 4;
-  const int64_t hidden_bytes = std::max(packed_bytes + 2 * rows * plan.attended, 2 * rows * plan.hidden);
-  const int64_t middle_bytes = wide * rows * plan.width;
-  const int64_t norm_bytes = 8 * rows, attention_bytes = 4 * plan.statistics;
+  const int64_t rows = plan.rows(), kept = plan.kept(), attended = plan.attended;
+  const int64_t q_bytes = 2 * kept * attended, kv_bytes = 4 * rows * attended, attended_bytes = q_bytes;
+  const int64_t hidden_bytes = std::max(q_bytes + kv_bytes + attended_bytes, 2 * kept * plan.hidden);
+  const int64_t middle_bytes = (input.dtype == dtype ? 2 : 4) * kept * plan.width;
+  const int64_t norm_bytes = 8 * rows, saved_bytes = 4 * plan.statistics;
+  const int64_t normed_bytes = plan.class_token ? 2 * rows * plan.width : 0;
 
   const OnDevice device(x);
-  const Tensor out = empty(x, {plan.batch, plan.tokens, plan.width}, x.scalar_type());
-  Workspace workspace(x, {hidden_bytes, middle_bytes, norm_bytes, attention_bytes});
-  // fc1's result goes where qkv and the attention's were; LayerNorm's into the result, which fc2 alone writes over
-  char* const hidden = workspace.take(hidden_bytes);
-  const Matrix packed{hidden, 3 * plan.attended, dtype}, a{hidden, plan.hidden, dtype};
-  const Matrix attended{hidden + packed_bytes, plan.attended, dtype};
+  const Tensor out = empty(x, {plan.batch, kept / plan.batch, plan.width}, x.scalar_type());
+  Workspace workspace(x, {hidden_bytes, middle_bytes, norm_bytes, saved_bytes, normed_bytes});
+  // fc1's result goes where q, k, v and the attention's were; LayerNorm's into the result, which fc2 alone writes over
+  char* const q = workspace.take(hidden_bytes);
+  const Matrix merged{q + q_bytes + kv_bytes, attended, dtype}, a{q, plan.hidden, dtype};
   const Matrix middle{workspace.take(middle_bytes), plan.width, input.dtype};
-  const Matrix normed{out.data_ptr(), plan.width, dtype}, result{out.data_ptr(), plan.width, input.dtype};
-  float* const statistics = reinterpret_cast<float*>(workspace.take(norm_bytes));
-  float* const saved = reinterpret_cast<float*>(workspace.take(attention_bytes));
+  const Matrix result{out.data_ptr(), plan.width, input.dtype}, normed{out.data_ptr(), plan.width, dtype};
+  const Run run{plan, device.stream(), x.get_device_index(), reinterpret_cast<float*>(workspace.take(norm_bytes))};
+  float* const saved = reinterpret_cast<float*>(workspace.take(saved_bytes));
 
-  const Run run{plan, device.stream(), x.get_device_index(), statistics};
-  run.layernorm(input, norm1, normed);
-  run.linear_act(normed, qkv, Activation::kNone, packed);
-  run.attend(hidden, static_cast<char*>(attended.data), saved);
-  run.linear_residual(attended, proj, input, middle);
-  run.layernorm(middle, norm2, normed);
-  run.linear_act(normed, fc1, plan.act, a);
-  run.linear_residual(a, fc2, middle, result);
+  Matrix residual = input;
+  if (plan.class_token) {
+    const Matrix all{workspace.take(normed_bytes), plan.width, dtype};
+    const Matrix first{all.data, plan.tokens * all.stride, dtype};
+    run.layernorm(rows, input, parts.norm1, all);
+    run.linear_act(kept, first, outputs(parts.qkv, 0, attended, plan.query), Activation::kNone, {q, attended, dtype});
+    run.linear_act(rows, all, outputs(parts.qkv, attended, 2 * attended, plan.packed), Activation::kNone,
+                   {q + q_bytes, 2 * attended, dtype});
+    run.attend(q, q + q_bytes, static_cast<char*>(merged.data), saved);
+    residual.stride *= plan.tokens;
+  } else {
+    run.layernorm(rows, input, parts.norm1, normed);
+    run.linear_act(rows, normed, parts.qkv, Activation::kNone, {q, 3 * attended, dtype});
+    run.attend(q, q + 2 * attended, static_cast<char*>(merged.data), saved);
+  }
+  run.linear_residual(kept, merged, parts.proj, residual, middle);
+  run.layernorm(kept, middle, parts.norm2, normed);
+  run.linear_act(kept, normed, parts.fc1, plan.act, a);
+  run.linear_residual(kept, a, parts.fc2, middle, result);
   return out;
 }
 
@@ -174,12 +207,13 @@ MaybeTensor block(Tensor x, MaybeTensor norm1_weight, MaybeTensor norm1_bias, Te
   const BlockPlan p = read_plan(checks, plan);
   const DType dtype = checks.dtype("qkv_weight", qkv_weight.scalar_type());
   const int64_t width = p.width, attended = p.attended, hidden = p.hidden;
-  return run_block(checks, p, x, norm(checks, norm1_weight, norm1_bias, width, p.eps1, dtype),
-                   linear(checks, qkv_weight, qkv_bias, {}, 3 * attended, width, p.qkv, dtype),
-                   linear(checks, proj_weight, proj_bias, layer_scale1, width, attended, p.proj, dtype),
-                   norm(checks, norm2_weight, norm2_bias, width, p.eps2, dtype),
-                   linear(checks, fc1_weight, fc1_bias, {}, hidden, width, p.fc1, dtype),
-                   linear(checks, fc2_weight, fc2_bias, layer_scale2, width, hidden, p.fc2, dtype));
+  const Parts parts{norm(checks, norm1_weight, norm1_bias, width, p.eps1, dtype),
+                    linear(checks, qkv_weight, qkv_bias, {}, 3 * attended, width, p.packed, dtype),
+                    linear(checks, proj_weight, proj_bias, layer_scale1, width, attended, p.proj, dtype),
+                    norm(checks, norm2_weight, norm2_bias, width, p.eps2, dtype),
+                    linear(checks, fc1_weight, fc1_bias, {}, hidden, width, p.fc1, dtype),
+                    linear(checks, fc2_weight, fc2_bias, layer_scale2, width, hidden, p.fc2, dtype)};
+  return run_block(checks, p, x, parts);
 } catch (const Misfit&) {
   return {};
 }
