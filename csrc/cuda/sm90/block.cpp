@@ -41,8 +41,9 @@ struct Linear {
 
 BlockPlan read_plan(const Checks& checks, const Tensor& plan) {
   BlockPlan read;
-  checks.expect(plan.is_cpu() && plan.numel() == int64_t(sizeof read) && plan.is_contiguous(),
-                [] { return std::string("plan is of another version of fastvit"); });
+  checks.expect(plan.is_cpu() && plan.numel() == int64_t(sizeof read) && plan.is_contiguous(), [&] {
+    return "plan has " + std::to_string(plan.numel()) + " bytes, expected " + std::to_string(sizeof read);
+  });
   std::memcpy(&read, plan.data_ptr(), sizeof read);
   return read;
 }
@@ -51,7 +52,8 @@ BlockPlan read_plan(const Checks& checks, const Tensor& plan) {
 Matrix rows_of(const Checks& checks, const Tensor& x, const BlockPlan& plan) {
   checks.expect(x.dim() == 3 && x.size(0) == plan.batch && x.size(1) == plan.tokens && x.size(2) == plan.width,
                 [&] { return "x has shape " + text(x.sizes()) + ", expected the plan's"; });
-  checks.expect(plan.rows() < (int64_t(1) << 31), [] { return std::string("x has 2147483648 rows or more"); });
+  checks.expect(plan.rows() > 0 && plan.rows() < (int64_t(1) << 31),
+                [&] { return "x has " + std::to_string(plan.rows()) + " rows, expected 1 to 2147483647"; });
   const bool joined = plan.batch == 1 || x.stride(0) == plan.tokens * x.stride(1);
   checks.expect(x.stride(2) == 1 && joined, [&] { return "x has strides " + text(x.strides()); });
   const Matrix rows{x.data_ptr(), x.stride(1), checks.dtype("x", x.scalar_type())};
@@ -168,7 +170,8 @@ Tensor run_block(const Checks& checks, const BlockPlan& plan, const Tensor& x, c
   const OnDevice device(x);
   const Tensor out = empty(x, {plan.batch, kept / plan.batch, plan.width}, x.scalar_type());
   Workspace workspace(x, {hidden_bytes, middle_bytes, norm_bytes, saved_bytes, normed_bytes});
-  // fc1's result goes where q, k, v and the attention's were; LayerNorm's into the result, which fc2 alone writes over
+  // fc1's result goes where q, k, v and the attention's were; LayerNorm's into the result, which fc2 alone writes over.
+  // Kernels may start before the one before them ends, but none writes before that: a buffer's last reader is done.
   char* const q = workspace.take(hidden_bytes);
   const Matrix merged{q + q_bytes + kv_bytes, attended, dtype}, a{q, plan.hidden, dtype};
   const Matrix middle{workspace.take(middle_bytes), plan.width, input.dtype};
@@ -198,7 +201,7 @@ Tensor run_block(const Checks& checks, const BlockPlan& plan, const Tensor& x, c
   return out;
 }
 
-// x + attention's branch, plus the MLP's; nothing where an argument is not as the plan and the kernels want it.
+// The block's result, (B, N, E) or (B, 1, E); nothing where an argument is not as the plan and the kernels want it.
 MaybeTensor block(Tensor x, MaybeTensor norm1_weight, MaybeTensor norm1_bias, Tensor qkv_weight, MaybeTensor qkv_bias,
                   Tensor proj_weight, MaybeTensor proj_bias, MaybeTensor layer_scale1, MaybeTensor norm2_weight,
                   MaybeTensor norm2_bias, Tensor fc1_weight, MaybeTensor fc1_bias, Tensor fc2_weight,
