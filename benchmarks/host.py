@@ -2,16 +2,17 @@
 
 python benchmarks/host.py [--profile NAME] [--json FILE]
 
-Needs no GPU: tensors are tiny and lie on the CPU. ``eager`` and ``cpp`` run for real, on one thread. ``cuda`` is the
-way a call takes on a Hopper GPU, down to what leaves Python: the ops of csrc/cuda and Triton's launcher are functions
-that give back what they gave before. Add about 6 us for each of the three ops, 3 us for an allocation that they make
-and 5 us for the launch. Eager's calls on a GPU likewise cost more than the tiny ones here.
+Needs no GPU: tensors are tiny and lie on the CPU, on one thread. ``eager`` and ``cpp`` run for real. ``cuda`` is the
+way a call takes on a Hopper GPU, by the real Python and the real glue of csrc/cuda (host_glue.py; needs nvcc): checks,
+allocations, PyTorch's dispatcher. Not in it: what CUDA's runtime does for a launch, and Triton's launcher where the
+launch is not C++'s. Eager's calls on a GPU likewise cost more than the tiny ones here.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import ctypes
 import json
 import pstats
 import time
@@ -19,13 +20,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
+import host_glue
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvit import ops, use_backend
+from fastvit import block_plan, fused, ops, use_backend
 from fastvit.dispatch import OPS
 from fastvit.layers import Block
 from fastvit.ops import _contract, _cuda, _sm90
@@ -54,22 +57,22 @@ class EagerBlock(nn.Module):
 
 @contextmanager
 def cuda_path() -> Iterator[None]:
-    """Send CPU tensors down the way of Hopper's kernels, and stub what lies beyond Python."""
+    """Send CPU tensors down the way of Hopper's kernels, as far as the launches."""
     from fastvit.kernels import _launch  # type: ignore[attr-defined]
 
-    compiled = SimpleNamespace(function=0, packed_metadata=(), run=lambda *args: None)
-    stubs = {name: _kept(make) for name, make in _RESULTS.items()}
     with ExitStack() as stack:
         for target, name, value in (
             (_contract, "why_not_compiled", lambda *args: []),
             (_contract, "why_not_triton", lambda *args: []),
-            (_cuda, "ops", SimpleNamespace(**stubs)),
+            (_cuda, "ops", host_glue.ops()),
             (_sm90, "device_facts", lambda index: ((9, 0), 132)),
             (_launch, "current_device", lambda: None),
             (_launch, "current_stream", lambda device: 0),
-            (_launch.Launch, "run", lambda launch: compiled),
+            (_launch.Launch, "run", lambda launch: Compiled(launch)),
             (_launch, "_kept", {}),
-            *((op, "_settled", {}) for op in OPS.values()),  # a verdict of these stubs does not outlive them
+            (block_plan, "_is_on_gpu", lambda x: True),
+            (block_plan, "_plans", {}),
+            *((op, "_settled", {}) for op in OPS.values()),  # a verdict found here does not outlive it
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         stack.enter_context(use_backend(layernorm_linear="cuda", linear_residual="cuda", layernorm_mlp="cuda"))
@@ -77,29 +80,20 @@ def cuda_path() -> Iterator[None]:
         yield
 
 
-def _results(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    statistics = x.new_empty(x.shape[0], dtype=torch.float32)
-    return out, x.new_empty(0), statistics, statistics
+class Compiled:
+    """Stands for what Triton makes of a launch, and its launcher: launched from Python or C++, it does nothing."""
 
+    packed_metadata = (4, 1, 0)
+    function = ctypes.cast(ctypes.CDLL(None).abs, ctypes.c_void_p).value
+    launch_cooperative_grid = launch_pdl = False
+    global_scratch_size = profile_scratch_size = 0
 
-# What each op gives back, once for all calls: they have one shape here.
-_RESULTS: dict[str, Callable] = {
-    "linear_act": lambda *args: None,  # only to be there: it tells that Hopper's products are built
-    "layernorm_linear_act": lambda x, nw, nb, weight, *rest: _results(x, x.new_zeros(x.shape[0], weight.shape[0])),
-    "layernorm_mlp_residual": lambda x, *rest: _results(x, torch.zeros_like(x)),
-    "linear_residual": lambda x, weight, bias, residual, *rest: torch.zeros_like(residual),
-}
+    def __init__(self, launch: Any):
+        self.src = SimpleNamespace(signature=launch.aot_case("").signature)
+        self.run = self
 
-
-def _kept(make: Callable) -> Callable:
-    results: list = []
-
-    def call(*args):
-        if not results:
-            results.append(make(*args))
-        return results[0]
-
-    return call
+    def __call__(self, *args: Any) -> None:
+        pass
 
 
 def op_calls(block: Block, x: Tensor, dtype: torch.dtype) -> dict[str, tuple[Callable, Callable]]:
@@ -148,7 +142,10 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable]]:
     """name -> (ours, eager's), of a block and of each op."""
     block = Block(WIDTH, HEADS, qkv_bias=True, dtype=dtype).eval()
     x, eager = torch.randn(1, TOKENS, WIDTH, dtype=dtype), EagerBlock(block).eval()
-    return {"block": (lambda: block(x), lambda: eager(x))} | op_calls(block, x, dtype)
+    return {
+        "block": (lambda: block(x), lambda: eager(x)),
+        "class token": (lambda: fused.class_token_block_forward(block, x), lambda: eager(x)[:, :1]),
+    } | op_calls(block, x, dtype)
 
 
 def rows() -> list[dict[str, object]]:
@@ -158,12 +155,25 @@ def rows() -> list[dict[str, object]]:
     with torch.inference_mode():
         for name, (ours, stock) in wide.items():
             found.append({"op": name, "mode": "infer", **least_microseconds({"cpp": ours, "eager": stock})})
-            with cuda_path():
-                found[-1]["cuda"] = least_microseconds({"cuda": half[name][0]})["cuda"]
+            found[-1] |= on_cuda(half[name][0])
+        with mock.patch.object(fused, "run_block", _no_plan):
+            by_ops = {name: on_cuda(half[name][0]) for name in ("block", "class token")}
+        found += [{"op": f"{name} by ops", "mode": "infer", **row} for name, row in by_ops.items()]
     ours, stock = wide["block"]
     steps = {"cpp": lambda: ours().sum().backward(), "eager": lambda: stock().sum().backward()}
     found.append({"op": "block", "mode": "train", **least_microseconds(steps)})
     return found
+
+
+def _no_plan(*args: Any, **options: Any) -> None:
+    pass
+
+
+def on_cuda(call: Callable) -> dict[str, float]:
+    if host_glue.why_not():
+        return {}
+    with cuda_path():
+        return least_microseconds({"cuda": call})
 
 
 def profile(name: str) -> None:

@@ -61,10 +61,10 @@ def check_accuracy_row(row: dict[str, Any]) -> Iterator[str]:
 
 def check_host_row(row: dict[str, Any]) -> Iterator[str]:
     """A row of benchmarks/host.py: microseconds by the way a call takes."""
-    times = [row.get(key) for key in ("eager", "cpp")] + [row[key] for key in ("cuda",) if key in row]
+    times = [row[key] for key in ("eager", "cpp", "cuda") if key in row]
     if not (row.get("op") and row.get("mode")):
         yield "no op or no mode"
-    if not all(isinstance(time, (int, float)) and 0 < time < math.inf for time in times):
+    if not times or not all(isinstance(time, (int, float)) and 0 < time < math.inf for time in times):
         yield f"times are {times}, expected positive numbers"
 
 

@@ -80,7 +80,7 @@ class Op:
 
     def settled(self, key: tuple | None) -> Callable[..., Tensor] | None:
         """What runs a call whose ``key``, all that checks and choice depend on, was seen before; else None."""
-        if key is None or _record is not None or _explained is not None:
+        if key is None or is_observed():
             return None
         backend = self._settled.get(key)
         return backend.run if backend is not None and self.backends.get(backend.name) is backend else None
@@ -125,6 +125,16 @@ def _warn_once(op: str, backend: str, reasons: list[str]) -> None:
     if key not in _warned:
         _warned.add(key)
         warnings.warn(f"fastvit.{op}: not using {backend!r}: {'; '.join(reasons)}", stacklevel=4)
+
+
+def choices() -> tuple[tuple[str, str], ...]:
+    """All of the user's choices, as a key."""
+    return tuple(_choice.items())
+
+
+def is_observed() -> bool:
+    """Whether calls of ops are recorded or explained."""
+    return _record is not None or _explained is not None
 
 
 class use_backend:  # noqa: N801 - reads as a verb, like torch.no_grad

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_state
 
 from .block_parts import BlockParts, read_block
+from .block_plan import class_token_heads, run_block
 from .kinds import ACTIVATIONS, HEAD_NORMS, is_watched, kind_of
 from .ops import attention, attention_packed, layernorm_linear, layernorm_mlp, linear_residual, patch_embed
 from .reference import HeadNorm, normalize_pixels, unpack_qkv
@@ -156,6 +157,14 @@ def _project_read(parts: BlockParts, tokens: Tensor, residual: Tensor) -> Tensor
     return linear_residual(tokens, *parts.proj, residual, layer_scale=parts.gamma1, row_scale=row_scale)
 
 
+def _run_ops(parts: BlockParts, x: Tensor, memory: str) -> Tensor:
+    return _run_mlp(parts, _project_read(parts, *_attend_read(parts, x)), memory)
+
+
+def _run_class_token_ops(parts: BlockParts, x: Tensor) -> Tensor:
+    return _run_mlp(parts, _project_read(parts, _attend_class_token(parts, x), x[:, :1]))
+
+
 def _run_mlp(parts: BlockParts, x: Tensor, memory: str = "default") -> Tensor:
     options: dict[str, Any] = {"act": parts.act, "eps": parts.eps2, "memory": memory}
     return layernorm_mlp(x, *parts.mlp, layer_scale=parts.gamma2, row_scale=_row_scale(parts.drop_path2, x), **options)
@@ -191,7 +200,8 @@ def block_forward(
     """
     parts = read_block(block) if attn_mask is None and not is_causal and _may_read(x) else None
     if parts is not None:
-        return _run_mlp(parts, _project_read(parts, *_attend_read(parts, x)), memory)
+        out = run_block(parts, x)
+        return out if out is not None else _run_ops(parts, x, memory)
     if _why_not_block(block):
         x = _add_branch(block, 1, x, _call_attention(block.attn, block.norm1(x), attn_mask, is_causal))
         return _add_branch(block, 2, x, block.mlp(block.norm2(x)))
@@ -209,7 +219,8 @@ def class_token_block_forward(block: Any, x: Tensor) -> Tensor:
     """
     parts = read_block(block) if _may_read(x) and not is_watched(block) else None
     if parts is not None:
-        return _run_mlp(parts, _project_read(parts, _attend_class_token(parts, x), x[:, :1]))
+        out = run_block(parts, x, class_token=True)
+        return out if out is not None else _run_class_token_ops(parts, x)
     attn = block.attn
     if (
         any(is_watched(module) or not kind_of(module) for module in block.modules())
@@ -239,8 +250,7 @@ def _class_token_qkv(
     q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
     q = layernorm_linear(x[:, :1], *norm, weight[:width], q_bias, eps=eps)
     kv = layernorm_linear(x, *norm, weight[width:], kv_bias, eps=eps)
-    k, v = kv.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return q.unflatten(-1, (num_heads, -1)).transpose(1, 2), k, v
+    return class_token_heads(q, kv, num_heads)
 
 
 def attention_residual(block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

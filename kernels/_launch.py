@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -90,6 +91,9 @@ class Launch:
 # are known to be called as Replay does; with any other, every launch goes that way.
 REPLAYED = triton.__version__.split("+")[0] in ("3.6.0",)
 _MOST_KEPT = 1024
+_MOST_NUMBERS = 24  # CompiledKernel's, in csrc/cuda/compiled_kernel.h
+_FORMATS = {"i32": "=i", "i64": "=q", "fp32": "=f"}
+_MORE_OF_A_LAUNCH = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
 _kept: dict[tuple, tuple[Replay, ...]] = {}
 
 
@@ -111,6 +115,28 @@ class Replay:
         constexprs = (launch.constexprs[name] for name in params[len(launch.arguments) :])
         x, y, z = (*launch.grid, 1, 1)[:3]
         return cls(compiled, (x, y, z), names, (*launch.arguments[len(names) :], *constexprs))
+
+    def packed(self) -> bytes:
+        """What csrc/cuda/compiled_kernel.h launches: all but the pointers and the stream."""
+        num_warps, _, shared = self.compiled.packed_metadata
+        kinds = tuple(self.compiled.src.signature.values())[len(self.names) :]
+        given = [(kind, value) for kind, value in zip(kinds, self.rest, strict=True) if kind != "constexpr"]
+        numbers = [struct.pack(_FORMATS[kind], value).ljust(8, b"\0") for kind, value in given]
+        header = struct.pack("=Q6I", self.compiled.function, *self.grid, 32 * num_warps, shared, len(numbers))
+        return header + b"".join(numbers).ljust(8 * _MOST_NUMBERS, b"\0")
+
+    def is_packable(self) -> bool:
+        """Whether ``packed`` says all: no clusters, no scratch memory, nothing that Triton's launcher adds."""
+        launcher, params = self.compiled.run, tuple(self.compiled.src.signature.values())
+        more = [getattr(launcher, name, 1) for name in _MORE_OF_A_LAUNCH]
+        numbers = [kind for kind in params[len(self.names) :] if kind != "constexpr"]
+        return not any(more) and self.compiled.packed_metadata[1] == 1 and len(numbers) <= _MOST_NUMBERS
+
+    @staticmethod
+    def is_watched() -> bool:
+        """Whether a profiler wants to hear of every launch."""
+        runtime = triton.knobs.runtime
+        return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
 
     def __call__(self, stream: int, pointers: dict[str, int | None]) -> None:
         compiled = self.compiled
@@ -139,7 +165,7 @@ def run(key: tuple, device: torch.device, pointers: dict[str, int | None], build
     pointers  the address of ``x`` for a kernel's ``x_ptr``
     """
     kept = _kept.get(key)
-    if kept is None or _is_watched() or current_device() != device.index:
+    if kept is None or Replay.is_watched() or current_device() != device.index:
         launches = build()
         compiled = [launch.run() for launch in launches]
         if REPLAYED and all(hasattr(kernel, "packed_metadata") for kernel in compiled):
@@ -152,18 +178,17 @@ def run(key: tuple, device: torch.device, pointers: dict[str, int | None], build
         replay(stream, pointers)
 
 
+def made(key: tuple) -> tuple[Replay, ...]:
+    """What ``run`` would replay; nothing where it would not."""
+    return _kept.get(key, ())
+
+
 def current_device() -> int:
     return torch.cuda.current_device()
 
 
 def current_stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
-
-
-def _is_watched() -> bool:
-    """Whether a profiler wants to hear of every launch."""
-    runtime = triton.knobs.runtime
-    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
 
 
 def _type_name(value: Any, general: bool) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ._attend import attend_at_once, attend_by_tile
 from ._configs import AotCase, AttentionSettings, Limits, attention_settings
-from ._launch import Launch, facts, limits, run, run_on, unit_strides
+from ._launch import Launch, Replay, facts, limits, made, run, run_on, unit_strides
 from ._math import cast
 from ._softmax import LOG2_E, load_statistics, probabilities, save_statistics, statistic_rows, weights
 from ._tiles import before, inner, load, load_tiles, outer, outer_t, row_sum, scaled, store, zeros, zeros_t
@@ -56,8 +56,7 @@ def attention_packed_fwd(qkv: Tensor, num_heads: int, scale: float) -> tuple[Ten
     """``attention_fwd`` of the views of a packed (B, N, 3 * H * D) projection; out is (B, N, H * D)."""
     batch, tokens, packed = qkv.shape
     width, dim = packed // 3, packed // (3 * num_heads)
-    out = qkv.new_empty(batch, tokens, width)
-    lse = new_statistics(qkv, (batch, num_heads, tokens))
+    out, lse = _packed_results(qkv, num_heads)
     address, step = qkv.data_ptr(), width * qkv.dtype.itemsize
 
     def build() -> list[Launch]:
@@ -66,10 +65,24 @@ def attention_packed_fwd(qkv: Tensor, num_heads: int, scale: float) -> tuple[Ten
         heads = out.view(batch, tokens, num_heads, dim).transpose(1, 2)
         return [_fwd_launch(q, k, v, heads, lse, scale, limits(q.device))]
 
-    key = ("attention_packed_fwd", num_heads, scale, facts((qkv, out, lse)))
+    key = _packed_key(num_heads, scale, qkv, out, lse)
     pointers = {"q": address, "k": address + step, "v": address + 2 * step}
     run(key, qkv.device, pointers | {"out": out.data_ptr(), "lse": lse.data_ptr()}, build)
     return out, lse
+
+
+def made_packed_fwd(qkv: Tensor, num_heads: int, scale: float) -> Replay | None:
+    """The launch of ``attention_packed_fwd``, where one for such a projection was made before."""
+    return next(iter(made(_packed_key(num_heads, scale, qkv, *_packed_results(qkv, num_heads)))), None)
+
+
+def _packed_results(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    batch, tokens, packed = qkv.shape
+    return qkv.new_empty(batch, tokens, packed // 3), new_statistics(qkv, (batch, num_heads, tokens))
+
+
+def _packed_key(num_heads: int, scale: float, *tensors: Tensor) -> tuple:
+    return "attention_packed_fwd", num_heads, scale, facts(tensors)
 
 
 def reads_packed(qkv: Tensor) -> bool:

@@ -19,12 +19,15 @@ from torch.utils.cpp_extension import include_paths, library_paths
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "fastvit_cuda_on_cpu"
 # The glue of Hopper's products, and loops that stand in for the products themselves
-SM90 = [ROOT / "csrc" / "cuda" / "sm90" / "ops.cpp", ROOT / "tests" / "sm90_on_cpu.cpp"]
+SM90 = [ROOT / "csrc" / "cuda" / "sm90" / name for name in ("ops.cpp", "block.cpp")]
+SM90 += [ROOT / "tests" / "sm90_on_cpu.cpp"]
+PLAIN = ("runtime.cpp", "layernorm_mlp.cpp", "ops.cpp", "block.cpp")  # C++ without a word of CUDA's
 MULTIPROCESSORS = 2
 
 FAILURE = "FASTVIT_CUDA_ON_CPU_FAILS"  # the number of an error: what every launch then ends in
 RUNTIME = f"""
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <cstdint>
 #include <cstdlib>
 extern "C" {{
@@ -41,6 +44,18 @@ const char* cudaGetErrorString(cudaError_t error) {{
     case cudaErrorLaunchOutOfResources: return "too many resources requested for launch";
     default: return "error";
   }}
+}}
+// A kernel of Triton's: a function that is given its parameters. Where a libcuda.so.1 is loaded, that launches it.
+static int launch_kernel_ex(const void*, void* function, void** parameters, void**) {{
+  reinterpret_cast<void (*)(void**)>(function)(parameters);
+  return 0;
+}}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** entry, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {{
+  void* loaded = dlsym(RTLD_DEFAULT, name);
+  *entry = loaded != nullptr ? loaded : reinterpret_cast<void*>(&launch_kernel_ex);
+  *found = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
 }}
 int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {{ *stream = nullptr; return 0; }}
 int32_t aoti_torch_create_device_guard(int32_t, void** guard) {{ *guard = nullptr; return 0; }}
@@ -100,13 +115,13 @@ def _build(work: Path) -> None:
     objects = []
     for source in [work / "runtime.cpp", *sorted((work / "cuda").glob("*.cpp"))]:
         objects.append(str(work / f"{source.name}.o"))
-        flags = [] if source.name in ("runtime.cpp", "layernorm_mlp.cpp", "ops.cpp") else [f"-Xcompiler={host}"]
-        _run([*base, "-Xcompiler=-fPIC", *flags, "-c", str(source), "-o", objects[-1]])
+        flags = [] if source.name in PLAIN else [f"-Xcompiler={host}"]
+        run([*base, "-Xcompiler=-fPIC", *flags, "-c", str(source), "-o", objects[-1]])
     libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-    _run(["c++", "-shared", "-Wl,-Bsymbolic", *objects, *libraries, "-o", str(work / "library.so")])
+    run(["c++", "-shared", "-Wl,-Bsymbolic", *objects, *libraries, "-o", str(work / "library.so")])
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")

@@ -1,7 +1,8 @@
 """Run by test_launch_driver.py in a process of its own: what reaches the driver at a shape's first call, and after.
 
 Triton compiles for sm_90 and launches through its own launcher; libcuda.so.1 is the recorder of fake_cuda_driver.c.
-Prints one JSON object: for each case three calls, each a list of launches; pointers by the name of their tensor.
+Prints one JSON object: for each case three calls, each a list of launches; pointers by the name of their tensor. What a
+block's inference launches has a fourth, by C++ (launch_compiled.cpp).
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import ctypes
 import json
 import struct
 import sys
-from collections.abc import Callable
 from typing import Any
 
 RECORDER = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)  # before Triton looks for a libcuda.so.1
+BY_CPP = ctypes.CDLL(sys.argv[2])
 
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -39,15 +40,24 @@ class Launcher(CudaLauncher):
 
     def __init__(self, src: Any, metadata: Any) -> None:
         super().__init__(src, metadata)
-        kinds = [kind for kind in src.signature.values() if kind != "constexpr"]
-        self.formats = [FORMATS["*" if kind[0] == "*" else kind] for kind in kinds] + ["Q", "Q"]  # and scratch areas
+        self.formats = formats_of(src)
 
     def __call__(self, *args: Any) -> None:
-        ctypes.c_int.in_dll(RECORDER, "fake_count").value = len(self.formats)
-        sizes = (ctypes.c_int * 128).in_dll(RECORDER, "fake_sizes")
-        sizes[: len(self.formats)] = [struct.calcsize(code) for code in self.formats]
+        expect(self.formats)
         super().__call__(*args)
         LAUNCHES.append((self.formats, last_record()))
+
+
+def formats_of(src: Any) -> list[str]:
+    kinds = [kind for kind in src.signature.values() if kind != "constexpr"]
+    return [FORMATS["*" if kind[0] == "*" else kind] for kind in kinds] + ["Q", "Q"]  # and scratch areas
+
+
+def expect(formats: list[str]) -> None:
+    """Tell the recorder the parameters of the next launch."""
+    ctypes.c_int.in_dll(RECORDER, "fake_count").value = len(formats)
+    sizes = (ctypes.c_int * 128).in_dll(RECORDER, "fake_sizes")
+    sizes[: len(formats)] = [struct.calcsize(code) for code in formats]
 
 
 class Driver(CudaDriver):
@@ -121,6 +131,47 @@ def packed(tokens: int, dim: int) -> dict[str, Tensor]:
     return {"q": q, "k": k, "v": v, "out": out, "lse": lse}
 
 
+def few(tokens: int, dim: int) -> dict[str, Tensor]:
+    """The class token's forward, as a block has it."""
+    given = class_token_heads(tokens, dim)
+    out, lse = attention_few.attention_few_fwd(*given.values(), SCALE)
+    return given | {"out": out, "lse": lse}
+
+
+def class_token_heads(tokens: int, dim: int) -> dict[str, Tensor]:
+    kv = zeros(2, tokens, 2, 3, dim)
+    k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+    return {"q": zeros(2, 1, 3, dim).transpose(1, 2), "k": k, "v": v}
+
+
+def packed_by_cpp(tokens: int, dim: int) -> dict[str, Tensor]:
+    """What ``packed`` launched before."""
+    qkv = zeros(2, tokens, 9 * dim)
+    out, lse = zeros(2, tokens, 3 * dim), zeros(2, 3, tokens, dtype=torch.float32)
+    q, k, v = qkv.unflatten(-1, (3, 3, dim)).unbind(2)
+    given = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
+    return launch_by_cpp(attention.made_packed_fwd(qkv, 3, SCALE), given)
+
+
+def few_by_cpp(tokens: int, dim: int) -> dict[str, Tensor]:
+    """What ``few`` launched before."""
+    given = class_token_heads(tokens, dim)
+    replay = attention_few.made_few_fwd(*given.values(), SCALE)
+    return launch_by_cpp(replay, given | {"out": zeros(2, 1, 3, dim), "lse": zeros(2, 3, 1, dtype=torch.float32)})
+
+
+def launch_by_cpp(replay: _launch.Replay | None, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As csrc/cuda/sm90/block.cpp does."""
+    assert replay is not None
+    assert replay.is_packable()
+    formats = formats_of(replay.compiled.src)
+    expect(formats)
+    pointers = (ctypes.c_void_p * len(given))(*(t.data_ptr() for t in given.values()))
+    assert BY_CPP.launch_compiled(replay.packed(), pointers, ctypes.c_void_p(STREAM)) == 0
+    LAUNCHES.append((formats, last_record()))
+    return given
+
+
 def general(**options: Any) -> dict[str, Tensor]:
     """Forward. ``options`` are makers of tensors, and numbers."""
     made = {name: value() if callable(value) else value for name, value in options.items()}
@@ -153,6 +204,7 @@ CASES = {
     "short": lambda: plain(197, 64),
     "streaming": lambda: plain(261, 80),
     "few": lambda: plain(50, 64, queries=1),
+    "few_forward": lambda: few(197, 64),
     "packed_short": lambda: packed(197, 64),
     "packed_streaming": lambda: packed(261, 80),
     "mask": lambda: general(attn_mask=lambda: zeros(1, 1, 60, 60, dtype=torch.bool)),
@@ -164,10 +216,18 @@ CASES = {
 }
 
 
-def calls(case: Callable[[], dict[str, Tensor]]) -> list[list[dict[str, Any]]]:
-    """Three calls on fresh tensors of one shape."""
+CASES_BY_CPP = {
+    "packed_short": lambda: packed_by_cpp(197, 64),
+    "packed_streaming": lambda: packed_by_cpp(261, 80),
+    "few_forward": lambda: few_by_cpp(197, 64),
+}
+
+
+def calls(name: str) -> list[list[dict[str, Any]]]:
+    """Three calls on fresh tensors of one shape, and C++'s."""
     found, kept = [], []  # kept, so that no address comes back
-    for number in range(3):
+    made = [CASES[name]] * 3 + [case for known, case in CASES_BY_CPP.items() if known == name]
+    for number, case in enumerate(made):
         triton.JITFunction.run = never_again if number else RUN
         kept.append(case())
         found.append(described({t.data_ptr(): name for name, t in kept[-1].items()}))
@@ -178,7 +238,7 @@ def calls(case: Callable[[], dict[str, Tensor]]) -> list[list[dict[str, Any]]]:
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
     _launch.current_device, _launch.current_stream = lambda: None, lambda device: STREAM  # the tensors are on the CPU
-    json.dump({name: calls(case) for name, case in CASES.items()}, sys.stdout)
+    json.dump({name: calls(name) for name in CASES}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -228,7 +228,9 @@ def test_a_broken_result_file_is_caught():
     row = {"op": "block", "mode": "infer", "eager": 98.0, "cpp": 85.5}
     table = {"machine": machine, "kind": "host", "rows": [row]}
     assert not list(check(table))
+    assert not list(check(table | {"rows": [{"op": "block by ops", "mode": "infer", "cuda": 98.0}]}))
     assert any("positive" in problem for problem in check(table | {"rows": [row | {"cuda": 0.0}]}))
+    assert any("positive" in problem for problem in check(table | {"rows": [{"op": "block", "mode": "infer"}]}))
     assert any("kind is 'speed'" in problem for problem in check(table | {"kind": "speed"}))
 
 

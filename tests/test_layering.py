@@ -14,7 +14,7 @@ LAYERS = (
     {"reference", "_extension", "kernels"},
     {"dispatch", "packs", "relabel", "testing"},
     {"ops"},
-    {"fused", "kinds", "block_parts", "norm_act", "resample", "weight_init"},
+    {"fused", "kinds", "block_parts", "block_plan", "norm_act", "resample", "weight_init"},
     {"layers", "pool"},
     {"checkpoints", "foreign", "intermediates", "model", "variants"},
     {"adapters"},

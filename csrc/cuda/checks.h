@@ -39,14 +39,17 @@ std::string text(const Sizes& sizes) {
   return out + ")";
 }
 
+// An argument that an op does not take.
+struct Misfit : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // The checks of one call, on the device of its first tensor.
 class Checks {
  public:
   Checks(const char* op, const char* name, const Tensor& first) : op_(op), first_(name), device_(first.get_device()) {}
 
-  [[noreturn]] void fail(const std::string& message) const {
-    throw std::runtime_error(std::string(op_) + ": " + message);
-  }
+  [[noreturn]] void fail(const std::string& message) const { throw Misfit(std::string(op_) + ": " + message); }
 
   // `message` makes the text, for it takes longer than the check.
   template <typename Message>

@@ -1,14 +1,24 @@
 // What the ops' glue shares: fresh tensors, the activation's name, the second stage of column sums.
 #pragma once
 
+#include <algorithm>
 #include <tuple>
 
 #include "cuda/checks.h"
 
 namespace fastvit {
 
+// Contiguous. Not torch::stable::new_empty, which looks its op up by name at each call.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
+  int64_t strides[4], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) strides[i] = stride, stride *= std::max<int64_t>(sizes.begin()[i], 1);
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, number, device_type,
+                                                  like.get_device_index(), &made));
+  return Tensor(made);
 }
 
 inline Tensor nothing(const Tensor& like) { return empty(like, {0}, like.scalar_type()); }

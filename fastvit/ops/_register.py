@@ -41,9 +41,13 @@ _FUNCTIONS: dict[str, Any] = {}
 
 def _is_watched(args: tuple) -> bool:
     """Whether a tracer, a transform, a mode or a tensor's own class may want to see the op."""
+    return not _PLAIN.issuperset(map(type, args)) or is_watched_by_any_mode()
+
+
+def is_watched_by_any_mode() -> bool:
+    """Whether a tracer, a transform or a mode may want to see ops, whatever their arguments."""
     return (
-        not _PLAIN.issuperset(map(type, args))
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None

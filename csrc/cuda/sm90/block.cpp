@@ -1,0 +1,235 @@
+// Glue: a transformer block's inference in one call. With a small batch the host's way to an op takes longer than its
+// kernel runs; here it is gone once a block, with two allocations. fastvit/block_plan.py makes the plan.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "cuda/compiled_kernel.h"
+#include "cuda/sm90/products.h"
+
+namespace fastvit::sm90 {
+namespace {
+
+// What is the same for all calls of one kind, byte for byte as fastvit/block_plan.py packs it.
+struct BlockPlan {
+  int64_t batch, tokens, width, attended, hidden;  // B, N, E, H * D, F
+  int64_t statistics;                              // float32 values that the attention's forward saves
+  float eps1, eps2;
+  Activation act;
+  int32_t class_token;  // 1: of token 0 alone, as keys and values are of all
+  Tile query, packed, proj, fc1, fc2;
+  uint32_t reserved;
+  CompiledKernel attention;
+
+  int64_t rows() const { return batch * tokens; }
+  int64_t kept() const { return class_token ? batch : rows(); }  // rows of queries, and of all that follows
+};
+static_assert(sizeof(BlockPlan) == 312);
+
+struct Norm {
+  Vector weight, bias;
+  float eps;
+};
+
+struct Linear {
+  Matrix weight;  // (cols, depth)
+  Vector bias, layer_scale;
+  int64_t cols, depth;
+  Tile tile;
+};
+
+BlockPlan read_plan(const Checks& checks, const Tensor& plan) {
+  BlockPlan read;
+  checks.expect(plan.is_cpu() && plan.numel() == int64_t(sizeof read) && plan.is_contiguous(), [&] {
+    return "plan has " + std::to_string(plan.numel()) + " bytes, expected " + std::to_string(sizeof read);
+  });
+  std::memcpy(&read, plan.data_ptr(), sizeof read);
+  return read;
+}
+
+// x (B, N, E) as (B * N, E), where its strides allow.
+Matrix rows_of(const Checks& checks, const Tensor& x, const BlockPlan& plan) {
+  checks.expect(x.dim() == 3 && x.size(0) == plan.batch && x.size(1) == plan.tokens && x.size(2) == plan.width,
+                [&] { return "x has shape " + text(x.sizes()) + ", expected the plan's"; });
+  checks.expect(plan.rows() > 0 && plan.rows() < (int64_t(1) << 31),
+                [&] { return "x has " + std::to_string(plan.rows()) + " rows, expected 1 to 2147483647"; });
+  const bool joined = plan.batch == 1 || x.stride(0) == plan.tokens * x.stride(1);
+  checks.expect(x.stride(2) == 1 && joined, [&] { return "x has strides " + text(x.strides()); });
+  const Matrix rows{x.data_ptr(), x.stride(1), checks.dtype("x", x.scalar_type())};
+  return tma(checks, "x", rows, plan.width);
+}
+
+Norm norm(const Checks& checks, const MaybeTensor& weight, const MaybeTensor& bias, int64_t cols, float eps,
+          DType dtype) {
+  const Norm read{checks.vector("norm_weight", weight, cols, dtype, "x"),
+                  checks.vector("norm_bias", bias, cols, dtype, "x"), eps};
+  if (weight && bias) checks.same_dtype("norm_weight", read.weight.dtype, "norm_bias", read.bias.dtype);
+  return read;
+}
+
+Linear linear(const Checks& checks, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& layer_scale,
+              int64_t cols, int64_t depth, Tile tile, DType dtype) {
+  const Matrix read = checks.matrix("weight", weight, cols, depth, "the plan");
+  const Vector added = checks.vector("bias", bias, cols, dtype, "weight");
+  if (bias) checks.same_dtype("bias", added.dtype, "weight", dtype);
+  const Vector scale = checks.vector("layer_scale", layer_scale, cols, dtype, "weight");
+  return {tma(checks, "weight", read, depth, dtype), added, scale, cols, depth, tile};
+}
+
+// One allocation for everything between x and the result.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, std::initializer_list<int64_t> bytes) {
+    int64_t total = 0;
+    for (const int64_t part : bytes) total += rounded(part);
+    memory_ = empty(like, {total}, ScalarType::Byte);
+    next_ = static_cast<char*>(memory_.data_ptr());
+  }
+
+  char* take(int64_t bytes) {
+    char* part = next_;
+    next_ += rounded(bytes);
+    return part;
+  }
+
+ private:
+  static int64_t rounded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+  Tensor memory_;
+  char* next_;
+};
+
+struct Parts {
+  Norm norm1;
+  Linear qkv, proj;
+  Norm norm2;
+  Linear fc1, fc2;
+};
+
+// Some of the outputs of a linear layer.
+Linear outputs(const Linear& all, int64_t first, int64_t count, Tile tile) {
+  const auto past = [&](void* data, int64_t elements, DType dtype) {
+    return data == nullptr ? nullptr : static_cast<char*>(data) + elements * (dtype == DType::kFloat32 ? 4 : 2);
+  };
+  Linear part = all;
+  part.weight.data = past(all.weight.data, first * all.weight.stride, all.weight.dtype);
+  part.bias.data = past(all.bias.data, first, all.bias.dtype);
+  part.cols = count, part.tile = tile;
+  return part;
+}
+
+// The kernels of one block, on one stream.
+struct Run {
+  const BlockPlan& plan;
+  cudaStream_t stream;
+  int device;
+  float* statistics;  // of a LayerNorm, which nobody reads
+
+  void layernorm(int64_t rows, const Matrix& x, const Norm& norm, const Matrix& y) const {
+    LayerNormFwd p{};
+    p.x = x, p.y = y, p.weight = norm.weight, p.bias = norm.bias;
+    p.mean = statistics, p.rstd = statistics + rows;
+    p.rows = rows, p.cols = int(plan.width), p.eps = norm.eps;
+    check_launch("block", launch_layernorm_fwd(p, stream));
+  }
+
+  void linear_act(int64_t rows, const Matrix& x, const Linear& linear, Activation act, const Matrix& y) const {
+    LinearAct p{};
+    p.x = x, p.weight = linear.weight, p.bias = linear.bias, p.y = y, p.act = act;
+    p.rows = rows, p.cols = linear.cols, p.depth = linear.depth, p.tile = linear.tile, p.device = device;
+    run("block", p, stream);
+  }
+
+  void linear_residual(int64_t rows, const Matrix& x, const Linear& linear, const Matrix& residual,
+                       const Matrix& y) const {
+    LinearResidual p{};
+    p.x = x, p.weight = linear.weight, p.bias = linear.bias, p.layer_scale = linear.layer_scale;
+    p.residual = residual, p.y = y;
+    p.rows = rows, p.cols = linear.cols, p.depth = linear.depth, p.tile = linear.tile, p.device = device;
+    run("block", p, stream);
+  }
+
+  void attend(char* q, char* k, char* out, float* saved) const {
+    char* const v = k + 2 * plan.attended;  // both lie side by side in a row
+    check_launch("block", launch_compiled(plan.attention, {q, k, v, out, saved}, stream));
+  }
+};
+
+Tensor run_block(const Checks& checks, const BlockPlan& plan, const Tensor& x, const Parts& parts) {
+  const Matrix input = rows_of(checks, x, plan);
+  const DType dtype = parts.qkv.weight.dtype;
+  checks.fits("x", input.dtype, "weight", dtype);
+  const int64_t rows = plan.rows(), kept = plan.kept(), attended = plan.attended;
+  const int64_t q_bytes = 2 * kept * attended, kv_bytes = 4 * rows * attended, attended_bytes = q_bytes;
+  const int64_t hidden_bytes = std::max(q_bytes + kv_bytes + attended_bytes, 2 * kept * plan.hidden);
+  const int64_t middle_bytes = (input.dtype == dtype ? 2 : 4) * kept * plan.width;
+  const int64_t norm_bytes = 8 * rows, saved_bytes = 4 * plan.statistics;
+  const int64_t normed_bytes = plan.class_token ? 2 * rows * plan.width : 0;
+
+  const OnDevice device(x);
+  const Tensor out = empty(x, {plan.batch, kept / plan.batch, plan.width}, x.scalar_type());
+  Workspace workspace(x, {hidden_bytes, middle_bytes, norm_bytes, saved_bytes, normed_bytes});
+  // fc1's result goes where q, k, v and the attention's were; LayerNorm's into the result, which fc2 alone writes over.
+  // Kernels may start before the one before them ends, but none writes before that: a buffer's last reader is done.
+  char* const q = workspace.take(hidden_bytes);
+  const Matrix merged{q + q_bytes + kv_bytes, attended, dtype}, a{q, plan.hidden, dtype};
+  const Matrix middle{workspace.take(middle_bytes), plan.width, input.dtype};
+  const Matrix result{out.data_ptr(), plan.width, input.dtype}, normed{out.data_ptr(), plan.width, dtype};
+  const Run run{plan, device.stream(), x.get_device_index(), reinterpret_cast<float*>(workspace.take(norm_bytes))};
+  float* const saved = reinterpret_cast<float*>(workspace.take(saved_bytes));
+
+  Matrix residual = input;
+  if (plan.class_token) {
+    const Matrix all{workspace.take(normed_bytes), plan.width, dtype};
+    const Matrix first{all.data, plan.tokens * all.stride, dtype};
+    run.layernorm(rows, input, parts.norm1, all);
+    run.linear_act(kept, first, outputs(parts.qkv, 0, attended, plan.query), Activation::kNone, {q, attended, dtype});
+    run.linear_act(rows, all, outputs(parts.qkv, attended, 2 * attended, plan.packed), Activation::kNone,
+                   {q + q_bytes, 2 * attended, dtype});
+    run.attend(q, q + q_bytes, static_cast<char*>(merged.data), saved);
+    residual.stride *= plan.tokens;
+  } else {
+    run.layernorm(rows, input, parts.norm1, normed);
+    run.linear_act(rows, normed, parts.qkv, Activation::kNone, {q, 3 * attended, dtype});
+    run.attend(q, q + 2 * attended, static_cast<char*>(merged.data), saved);
+  }
+  run.linear_residual(kept, merged, parts.proj, residual, middle);
+  run.layernorm(kept, middle, parts.norm2, normed);
+  run.linear_act(kept, normed, parts.fc1, plan.act, a);
+  run.linear_residual(kept, a, parts.fc2, middle, result);
+  return out;
+}
+
+// The block's result, (B, N, E) or (B, 1, E); nothing where an argument is not as the plan and the kernels want it.
+MaybeTensor block(Tensor x, MaybeTensor norm1_weight, MaybeTensor norm1_bias, Tensor qkv_weight, MaybeTensor qkv_bias,
+                  Tensor proj_weight, MaybeTensor proj_bias, MaybeTensor layer_scale1, MaybeTensor norm2_weight,
+                  MaybeTensor norm2_bias, Tensor fc1_weight, MaybeTensor fc1_bias, Tensor fc2_weight,
+                  MaybeTensor fc2_bias, MaybeTensor layer_scale2, Tensor plan) try {
+  const Checks checks("block", "x", x);
+  const BlockPlan p = read_plan(checks, plan);
+  const DType dtype = checks.dtype("qkv_weight", qkv_weight.scalar_type());
+  const int64_t width = p.width, attended = p.attended, hidden = p.hidden;
+  const Parts parts{norm(checks, norm1_weight, norm1_bias, width, p.eps1, dtype),
+                    linear(checks, qkv_weight, qkv_bias, {}, 3 * attended, width, p.packed, dtype),
+                    linear(checks, proj_weight, proj_bias, layer_scale1, width, attended, p.proj, dtype),
+                    norm(checks, norm2_weight, norm2_bias, width, p.eps2, dtype),
+                    linear(checks, fc1_weight, fc1_bias, {}, hidden, width, p.fc1, dtype),
+                    linear(checks, fc2_weight, fc2_bias, layer_scale2, width, hidden, p.fc2, dtype)};
+  return run_block(checks, p, x, parts);
+} catch (const Misfit&) {
+  return {};
+}
+
+}  // namespace
+}  // namespace fastvit::sm90
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastvit_cuda, m) {
+  m.def(
+      "block(Tensor x, Tensor? norm1_weight, Tensor? norm1_bias, Tensor qkv_weight, Tensor? qkv_bias,"
+      " Tensor proj_weight, Tensor? proj_bias, Tensor? layer_scale1, Tensor? norm2_weight, Tensor? norm2_bias,"
+      " Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale2, Tensor plan)"
+      " -> Tensor?");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CUDA, m) { m.impl("block", TORCH_BOX(&fastvit::sm90::block)); }
