@@ -61,7 +61,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("block_fwd", &cpu::block_fwd, no_gil, "x"_a, "norm1_weight"_a, "norm1_bias"_a, "qkv_weight"_a, "qkv_bias"_a,
         "proj_weight"_a, "proj_bias"_a, "layer_scale1"_a, "norm2_weight"_a, "norm2_bias"_a, "fc1_weight"_a,
         "fc1_bias"_a, "fc2_weight"_a, "fc2_bias"_a, "layer_scale2"_a, "num_heads"_a, "scale"_a, "eps1"_a, "eps2"_a,
-        "act"_a, "cache"_a);
+        "act"_a, "cache"_a, "class_token"_a);
   m.def("build_info", &build_info);
   m.def("cpu_capabilities", &cpu_capabilities);
   m.def("pack_cache_info", &pack_cache_info, "weight"_a = py::none());

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_state
 
 from .block_parts import BlockParts, read_block
-from .block_plan import class_token_heads, run_block
+from .block_plan import class_token_heads, class_token_linears, run_block
 from .kinds import ACTIVATIONS, HEAD_NORMS, is_watched, kind_of
 from .ops import attention, attention_packed, layernorm_linear, layernorm_mlp, linear_residual, patch_embed
 from .reference import HeadNorm, normalize_pixels, unpack_qkv
@@ -200,7 +200,7 @@ def block_forward(
     """
     parts = read_block(block) if attn_mask is None and not is_causal and _may_read(x) else None
     if parts is not None:
-        out = run_block(parts, x)
+        out = run_block(parts, x, memory)
         return out if out is not None else _run_ops(parts, x, memory)
     if _why_not_block(block):
         x = _add_branch(block, 1, x, _call_attention(block.attn, block.norm1(x), attn_mask, is_causal))
@@ -245,11 +245,7 @@ def _class_token_qkv(
     x: Tensor, norm: tuple[Any, Any], linear: tuple[Any, Any], eps: float, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, H, 1, D) of token 0, and k and v (B, H, N, D) of all."""
-    weight, bias = linear
-    width = weight.shape[0] // 3
-    q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-    q = layernorm_linear(x[:, :1], *norm, weight[:width], q_bias, eps=eps)
-    kv = layernorm_linear(x, *norm, weight[width:], kv_bias, eps=eps)
+    q, kv = (layernorm_linear(*arguments, eps=eps) for arguments in class_token_linears(x, norm, linear))
     return class_token_heads(q, kv, num_heads)
 
 

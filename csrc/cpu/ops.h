@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> layer
     const OptionalTensor& row_scale, const std::string& act, bool residual, std::array<bool, 8> mask);
 
 // A transformer block without gradients: layernorm_linear, attention, linear_residual and layernorm_mlp in one call.
-// out (B, N, E) in the dtype of x
+// out (B, N, E), or (B, 1, E) for the class token alone, in the dtype of x
 Tensor block_fwd(const Tensor& x,                                                       // (B, N, E)
                  const OptionalTensor& norm1_weight, const OptionalTensor& norm1_bias,  // (E,)
                  const Tensor& qkv_weight, const OptionalTensor& qkv_bias,              // (3 H D, E), (3 H D,)
@@ -101,6 +101,7 @@ Tensor block_fwd(const Tensor& x,                                               
                  const Tensor& fc1_weight, const OptionalTensor& fc1_bias,              // (F, E), (F,)
                  const Tensor& fc2_weight, const OptionalTensor& fc2_bias,              // (E, F), (E,)
                  const OptionalTensor& layer_scale2,                                    // (E,)
-                 int64_t num_heads, double scale, double eps1, double eps2, const std::string& act, bool cache);
+                 int64_t num_heads, double scale, double eps1, double eps2, const std::string& act, bool cache,
+                 bool class_token);
 
 }  // namespace fastvit::cpu

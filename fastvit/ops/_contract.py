@@ -25,27 +25,28 @@ def call(op: Op, check: Callable[..., None], cast_at: tuple[int, ...], *args: An
 
     What was checked once is not checked again: a call is known by what all checks, casts and choices depend on.
     """
-    key = None if torch.compiler.is_compiling() else _key(op, args)
-    run = op.settled(key)
+    known = None if torch.compiler.is_compiling() else key(op, args)
+    run = op.settled(known)
     if run is None:
         check(*args)
-    dtype = autocast_dtype(args[0]) if key is None else key[1]
+    dtype = autocast_dtype(args[0]) if known is None else known[1]
     if dtype is not None:
         args = tuple(
             arg.to(dtype) if at in cast_at and arg is not None else arg  # type: ignore[union-attr]
             for at, arg in enumerate(args)
         )
-    return op(*args, key=key) if run is None else run(*args)
+    return op(*args, key=known) if run is None else run(*args)
 
 
-def _key(op: Op, args: tuple) -> tuple | None:
+def key(op: Op, args: tuple) -> tuple | None:
     """What checks, casts and the choice of a backend depend on; None where it cannot be told."""
     dtype = autocast_dtype(args[0]) if torch._C._is_any_autocast_enabled() else None
     facts: list[Any] = [op.choice, dtype]
-    return tuple(facts) if _add_facts(facts, args) else None
+    return tuple(facts) if add_facts(facts, args) else None
 
 
-def _add_facts(facts: list[Any], args: tuple) -> bool:
+def add_facts(facts: list[Any], args: tuple) -> bool:
+    """Append what is known of ``args`` but their values; False where that is not all."""
     for arg in args:
         kind = type(arg)
         if kind is Parameter or kind is Tensor:
@@ -54,7 +55,7 @@ def _add_facts(facts: list[Any], args: tuple) -> bool:
             facts.append(arg)
         elif kind is HeadNorm or kind is Rope:
             facts.append(kind)
-            if not _add_facts(facts, arg):
+            if not add_facts(facts, arg):
                 return False
         else:
             return False

@@ -1,5 +1,5 @@
 // Glue: a transformer block's inference in one call. With a small batch the host's way to an op takes longer than its
-// kernel runs; here it is gone once a block, with two allocations. fastvit/block_plan.py makes the plan.
+// kernel runs; here it is gone once a block, with two allocations. fastvit/block_plan makes the plan.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace fastvit::sm90 {
 namespace {
 
-// What is the same for all calls of one kind, byte for byte as fastvit/block_plan.py packs it.
+// What is the same for all calls of one kind, byte for byte as fastvit/block_plan/hopper.py packs it.
 struct BlockPlan {
   int64_t batch, tokens, width, attended, hidden;  // B, N, E, H * D, F
   int64_t statistics;                              // float32 values that the attention's forward saves

@@ -1,0 +1,73 @@
+"""A block's inference in one call, where its ops would run the same kernels.
+
+At batch 1 a GPU waits for the host, and a CPU's threads do; most of what the host does for a block comes to the same
+result every time: what is allowed, which backends, tiles and binaries. That is a plan (``plan``), made by ``hopper`` or
+``cpp`` and kept by all that it depends on. The rest is looked at anew at each call: the block's modules
+(``block_parts``), modes, recorders and gradients here, the tensors by the key or by what the plan calls. In everything
+unusual the ops run. The kernels are the same, so the result is too.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..block_parts import BlockParts
+from ..ops import _register
+from . import cpp, hopper
+from .plan import Later, Plan, class_token_heads, class_token_linears, parameters
+
+__all__ = ["class_token_heads", "class_token_linears", "run_block"]
+
+_MOST_KEPT = 1024
+_plans: dict[tuple, Plan | None] = {}
+
+
+def run_block(parts: BlockParts, x: Tensor, memory: str = "default", *, class_token: bool = False) -> Tensor | None:
+    """What the block makes of x (B, N, E), or of its token 0 alone; None where the ops have to run."""
+    if not (_is_plain(parts) and _is_unwatched() and _needs_no_gradient(parts, x)):
+        return None
+    way = hopper if _is_on_gpu(x) else cpp
+    key = way.key(parts, x, memory, class_token)
+    plan = _plans[key] if key in _plans else _find_plan(way, key, parts, x, memory, class_token)
+    return None if plan is None or plan.is_outdated() else _run(plan, parts, x)
+
+
+def _find_plan(way: ModuleType, key: tuple, *call: Any) -> Plan | None:
+    try:
+        plan = way.find_plan(*call)
+    except Later:
+        return None
+    if len(_plans) >= _MOST_KEPT:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+def _run(plan: Plan, parts: BlockParts, x: Tensor) -> Tensor | None:
+    """None where a tensor is not as the kernels want it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return plan.run(x, *parameters(parts), *plan.arguments)
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _is_plain(parts: BlockParts) -> bool:
+    """Whether nothing is dropped, and q and k are not normalised."""
+    drops = parts.heads[1] or parts.drop_path1 is not None or parts.drop_path2 is not None
+    return not drops and not parts.head_norms
+
+
+def _is_unwatched() -> bool:
+    """Whether no mode, transform or recorder may want to see the ops, and autocast wants no casts."""
+    return not (torch._C._is_any_autocast_enabled() or dispatch.is_observed() or _register.is_watched_by_any_mode())
+
+
+def _needs_no_gradient(parts: BlockParts, x: Tensor) -> bool:
+    return not torch.is_grad_enabled() or not torch._C._any_requires_grad(x, *parameters(parts))
