@@ -1,7 +1,7 @@
 // csrc/cuda/compiled_kernel.h for fake_cuda_driver.py: the driver is the libcuda.so.1 that the process has loaded.
-#include "cuda/compiled_kernel.h"
-
 #include <dlfcn.h>
+
+#include "cuda/compiled_kernel.h"
 
 extern "C" {
 

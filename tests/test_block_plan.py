@@ -98,7 +98,9 @@ def test_a_plan_of_the_class_token(options, stream, planned):
     assert torch.equal(first, second)
     assert first.shape == (2, 1, WIDTH)
     assert_as_by_ops(made, x.flip(0) + 1)
-    assert_as_by_ops(made, x[:1])
+    for _ in range(2):
+        assert_as_by_ops(made, x[:1])
+    assert planned == [True] * 3  # all but the first call of a shape
     whole = block(**OPTIONS[options])(x)[:, :1]
     torch.testing.assert_close(first, whole, rtol=0.02, atol=0.02)
 
@@ -152,6 +154,36 @@ def test_a_change_after_the_plan_was_made_counts(change):
             assert_as_by_ops(made, x)
             assert_as_by_ops(of_class_token(made), x)
         assert not torch.equal(made(x), before)
+
+
+SETTINGS = {
+    "heads": lambda b: setattr(b.attn, "num_heads", 1),
+    "scale": lambda b: setattr(b.attn, "scale", 0.5),
+    "another 16-bit dtype": lambda b: b.half(),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_another_setting_of_the_same_tensors(setting, planned):
+    made, x = block(), tokens(F32)
+    for changed in (False, True):
+        if changed:
+            SETTINGS[setting](made)
+        for _ in range(3):
+            assert_as_by_ops(made, x)
+            assert_as_by_ops(of_class_token(made), x)
+    assert planned == [True] * 8
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (1, 5), (3, 5), (2, 9), (2, 50)], ids=str)
+@pytest.mark.parametrize("ratio", [2.0, 4.0])
+def test_each_size_has_its_plan(shape, ratio, planned):
+    warmed()
+    planned.clear()
+    made, x = block(mlp_ratio=ratio), torch.randn(*shape, WIDTH).to(BF16)
+    for _ in range(3):
+        made(x)
+    assert planned[-2:] == [True] * 2
 
 
 MISFITS = {
