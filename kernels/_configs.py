@@ -184,8 +184,8 @@ def few_settings(kernel: str, dtype: Any, dim: int, queries: int) -> FewSettings
 
 
 def _fp32_cols(dim: int) -> tuple[int, ...]:
-    """IEEE products run on the plain FMA units, one product after the other: each part of a score or of dP is a chain of
-    16, as short as tl.dot allows, with a sum of its own (``add_dot``)."""
+    """IEEE products run on the plain FMA units, one product after the other: each part of a score or of dP is a chain
+    of 16, as short as tl.dot allows, with a sum of its own (``add_dot``)."""
     return (16,) * -(-dim // 16)
 
 

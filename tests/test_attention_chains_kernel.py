@@ -39,7 +39,7 @@ def _chains(monkeypatch):
 
 
 def draw(kind, seed):
-    """The inputs of test_causal[33-150-float32] and of test_sliced_inputs[attention]: those of seed 0 missed the gates."""
+    """Inputs of test_causal[33-150-float32] and of test_sliced_inputs[attention]; those of seed 0 missed the gates."""
     if kind == "sliced":
         return {
             name: sliced(value) for name, value in make_inputs("attention", SMALL, 2, torch.float32, seed=seed).items()
