@@ -83,7 +83,9 @@ def attention_settings(
             return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168 if dim <= 80 else 255)
         if kernel == "bwd_dq":
             return AttentionSettings(cols, 32, 16, max_registers=168)
-        return AttentionSettings(cols, 16, 32, num_warps=8, max_registers=168)
+        if dim <= 96:
+            return AttentionSettings(cols, 16, 32, max_registers=255)
+        return AttentionSettings(cols, 16, 32, num_warps=8, num_stages=1, max_registers=255)
     wide = dim > 64
     cols = _half_cols(dim)
     if kernel == "fwd":
@@ -116,8 +118,8 @@ def _general_settings(kernel: str, dtype: Any, dim: int, arch: int) -> Attention
         if kernel == "fwd":
             return AttentionSettings(cols, 64, 32, num_warps=8, max_registers=168 if dim <= 80 else 255)
         if kernel == "bwd_dq":
-            return AttentionSettings(cols, 32, 16, num_warps=8 if dim <= 96 else 4, num_stages=1, max_registers=255)
-        return AttentionSettings(cols, 16, 16, num_warps=4 if dim <= 64 else 8, num_stages=1, max_registers=255)
+            return AttentionSettings(cols, 32, 16, num_warps=4 if dim <= 96 else 8, num_stages=1, max_registers=255)
+        return AttentionSettings(cols, 16, 32, num_stages=1, max_registers=255)
     wide = dim > 64
     cols = _half_cols(dim)
     if kernel == "fwd":
@@ -182,8 +184,9 @@ def few_settings(kernel: str, dtype: Any, dim: int, queries: int) -> FewSettings
 
 
 def _fp32_cols(dim: int) -> tuple[int, ...]:
-    """IEEE products run on the plain FMA units, whose operands pass through registers."""
-    return tuple(32 if dim - start > 16 else 16 for start in range(0, dim, 32))
+    """IEEE products run on the plain FMA units, one product after the other: each part of a score or of dP is a chain
+    of 16, as short as tl.dot allows, with a sum of its own (``add_dot``)."""
+    return (16,) * -(-dim // 16)
 
 
 def _half_cols(dim: int) -> tuple[int, ...]:
