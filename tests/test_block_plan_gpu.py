@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from block_plans import by_ops, runs_of_plans
 
 from fastvit import block_plan, fused, layers
 
@@ -19,23 +20,9 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 @pytest.fixture(autouse=True)
 def planned(monkeypatch):
-    ran, run = [], block_plan._run
-
-    def counted(*args):
-        out = run(*args)
-        ran.append(out is not None)
-        return out
-
-    monkeypatch.setattr(block_plan, "_run", counted)
     monkeypatch.setattr(block_plan, "_plans", {})
     with torch.no_grad():
-        yield ran
-
-
-def by_ops(forward, x):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block_plan, "_is_on_gpu", lambda x: False)
-        return forward(x)
+        yield runs_of_plans(monkeypatch)
 
 
 def block_and_input(batch, tokens, dtype=BF16, stream=None, width=768, **options):

@@ -1,19 +1,18 @@
-"""A block's inference in one call: the bits of the four ops, and never a plan where anything is unusual."""
+"""A block's inference on Hopper in one call: the bits of the four ops, and never a plan where anything is unusual."""
 
 import dataclasses
 import warnings
-from functools import partial
-from unittest import mock
 
 import cuda_on_cpu
 import pytest
 import torch
-from test_host_path import CHANGES, HEADS, WIDTH, tokens
+from block_plans import OPTIONS, assert_as_by_ops, block, by_ops, of_class_token, outcome, runs_of_plans
+from test_host_path import CHANGES, WIDTH, tokens
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvit import block_plan, dispatch, fused, layers
+from fastvit import block_plan, fused, layers
 from fastvit.dispatch import OPS, explaining, recording, use_backend
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -26,44 +25,8 @@ def planned(monkeypatch):
     """Whether each call that had a plan ran it; the way of Hopper's kernels is open meanwhile."""
     from hopper_on_cpu import hopper
 
-    ran, run = [], block_plan._run
-
-    def counted(*args):
-        out = run(*args)
-        ran.append(out is not None)
-        return out
-
-    monkeypatch.setattr(block_plan, "_run", counted)
     with hopper(), torch.no_grad():
-        yield ran
-
-
-def block(dtype=BF16, **options):
-    torch.manual_seed(0)
-    return layers.Block(WIDTH, HEADS, **({"qkv_bias": True} | options)).eval().to(dtype)
-
-
-def by_ops(made, x):
-    with mock.patch.object(block_plan, "_is_on_gpu", return_value=False):
-        return made(x)
-
-
-def outcome(call):
-    """Its result, or its error."""
-    try:
-        return call()
-    except Exception as error:
-        return type(error), str(error)
-
-
-def assert_as_by_ops(made, x):
-    """All tokens; ``made`` is a block, or any function of one."""
-    ours, expected = outcome(lambda: made(x)), outcome(lambda: by_ops(made, x))
-    if isinstance(expected, tuple):
-        assert ours == expected
-    else:
-        assert torch.equal(ours, expected)
-        assert (ours.dtype, ours.shape, ours.requires_grad) == (expected.dtype, expected.shape, expected.requires_grad)
+        yield runs_of_plans(monkeypatch)
 
 
 def warmed(dtype=BF16, **options):
@@ -72,21 +35,6 @@ def warmed(dtype=BF16, **options):
     for _ in range(2):
         made(x), fused.class_token_block_forward(made, x)
     return made, x
-
-
-OPTIONS = {
-    "plain": {},
-    "layer scale": {"init_values": 0.3},
-    "no biases": {"qkv_bias": False, "proj_bias": False},
-    "tanh": {"act_layer": lambda: nn.GELU(approximate="tanh")},
-    "quick": {"act_layer": layers.QuickGELU},
-    "wide MLP": {"mlp_ratio": 6.0},
-    "narrow MLP": {"mlp_ratio": 1.0},
-}
-
-
-def of_class_token(made):
-    return partial(fused.class_token_block_forward, made)
 
 
 @pytest.mark.parametrize("stream", [BF16, F32], ids=str)
@@ -441,7 +389,7 @@ def test_a_plan_of_another_layout_is_left():
     made, x = warmed()
     expected = made(x)
     for key, plan in block_plan._plans.items():
-        block_plan._plans[key] = plan._replace(packed=plan.packed[:-8])
+        block_plan._plans[key] = plan._replace(arguments=(plan.arguments[0][:-8],))
     assert torch.equal(made(x), expected)
 
 
@@ -450,9 +398,3 @@ def test_an_error_of_a_launch_is_no_misfit(monkeypatch):
     monkeypatch.setenv(cuda_on_cpu.FAILURE, "701")
     with pytest.raises(RuntimeError, match="block: too many resources requested for launch"):
         made(x)
-
-
-def test_cpu_tensors_have_no_plan():
-    with mock.patch.object(block_plan, "_is_on_gpu", lambda x: x.is_cuda), use_backend("torch"):
-        assert block_plan.run_block(mock.sentinel.parts, torch.zeros(1)) is None
-    assert dispatch.choices()
