@@ -3,7 +3,9 @@
 // Every CUDA thread is a fiber (cuda_on_cpu.h). What is asynchronous on a GPU is so here, and as unkind as the manual
 // allows: a load spoils its target at once and brings the values later, in any order; a product's registers hold NaN
 // until the wait, and it reads its operands at any time before. FASTVIT_CUDA_ON_CPU_ORDER chooses: 0 everything as late
-// as it may be, 1 as early, any other number a seed. What a GPU would answer with a fault or a hang is an error here.
+// as it may be, 1 as early, any other number a seed. FASTVIT_CUDA_ON_CPU_WITHOUT names an instruction that then does
+// nothing, to show that a kernel without it is found out. What a GPU would answer with a fault or a hang is an error
+// here.
 #pragma once
 
 #include <cuda.h>
@@ -38,6 +40,7 @@ struct Load {
   const void* barrier;
   char* to;
   int at[4];
+  int due;  // the sweep from which on it may arrive
 };
 
 // A warp's 16 rows of a product of the warpgroup.
@@ -57,14 +60,15 @@ struct Hidden {  // an accumulator while products on it run
 
 struct Lane {
   std::function<bool()> ready;
-  int shuffles = 0, products = 0, groups = 0, finished = 0;
+  int shuffles = 0, products = 0, groups = 0, finished = 0, waits = 0;
   bool open = false, fenced = false;
   std::map<float*, Hidden> hidden;
 };
 
 struct Warp {
   std::vector<Product> products;
-  int done = 0;
+  int done = 0, waits = 0, rests_until = 0;
+  bool over = false;
   float exchanged[2][kLanes];
   Lane lanes[kLanes];
 };
@@ -85,7 +89,9 @@ struct Block {
   std::map<int, NamedFacts> named;
   std::mt19937 random;
   unsigned order = 0;
+  std::string without;
   uint32_t bytes = 0;  // of shared memory
+  int sweep = 0;
 };
 
 inline std::unique_ptr<Block> block;
@@ -105,10 +111,19 @@ inline void expect(bool ok, const char* what) {
   if (!ok) fail(what);
 }
 
+inline bool without(const char* instruction) { return block->without == instruction; }
+
 inline void wait_until(std::function<bool()> ready) {
   if (ready()) return;
   lane().ready = std::move(ready);
   cuda_on_cpu::leave();
+}
+
+inline bool chance(unsigned of) { return block->random() % of == 0; }
+
+// With a seed, a warp may take its time: one time in `of`.
+inline void rest(Warp& w, unsigned of) {
+  if (block->order > 1 && chance(of)) w.rests_until = block->sweep + int(block->random() % 64);
 }
 
 inline char* at_address(uint32_t address, int bytes) {
@@ -221,9 +236,13 @@ inline void wait_for_groups(int latest) {
   Lane& l = lane();
   Warp& w = warp();
   expect(!l.open, "a wait with products that were not committed");
+  if (++l.waits > w.waits) {
+    ++w.waits;
+    rest(w, 3);
+  }
   int end = l.finished;
   while (end < l.products && w.products[end].group[thread() % kLanes] < l.groups - latest) ++end;
-  wait_until([&w, end] { return issued(w) >= end; });
+  wait_until([&w, end] { return block->sweep >= w.rests_until && issued(w) >= end; });
   run_products(thread() / kLanes, end);
   for (; l.finished < end; ++l.finished) {
     float* d = w.products[l.finished].d[thread() % kLanes];
@@ -307,30 +326,41 @@ inline CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t ra
 }
 
 // --- scheduling ------------------------------------------------------------------------------------------------------
-inline bool chance(unsigned of) { return block->random() % of == 0; }
+// Seeds differ in whether loads and products are slow.
+inline bool are_loads_slow() { return block->order % 2; }
+inline bool are_products_slow() { return block->order / 2 % 2; }
+
+inline int due() {
+  constexpr int kNever = 1 << 30;
+  if (block->order == 0) return kNever;
+  if (block->order == 1) return 0;
+  if (!are_loads_slow()) return block->sweep + int(block->random() % 4);
+  return chance(3) ? kNever : block->sweep + int(block->random() % 64);
+}
 
 // Something asynchronous happens; `must`: nothing else can.
 inline bool happen(bool must) {
-  const bool now = must || block->order == 1 || (block->order > 1 && chance(3));
-  bool happened = false;
-  if (now && !block->loads.empty()) {
-    deliver(block->random() % block->loads.size());
-    happened = true;
-  }
-  if (block->order > 1 && chance(3)) {
+  if (block->order > 1 && !are_products_slow() && chance(3)) {
     const int number = int(block->random() % block->warps.size());
     run_products(number, std::min(block->warps[number].done + 1, issued(block->warps[number])));
   }
-  return happened;
+  if (block->loads.empty()) return false;
+  const size_t number = block->random() % block->loads.size();
+  if (!must && block->loads[number].due > block->sweep) return false;
+  deliver(number);
+  return true;
 }
 
-inline bool run_warp(int number, bool& alive) {
+// Whether one of its threads went on.
+inline bool run_warp(int number) {
+  Warp& w = block->warps[number];
   bool moved = false;
+  w.over = true;
   for (int i = 0; i < kLanes && failure.empty(); ++i) {
     cuda_on_cpu::Fiber& fiber = *cuda_on_cpu::fibers[number * kLanes + i];
-    Lane& l = block->warps[number].lanes[i];
+    Lane& l = w.lanes[i];
     if (fiber.done) continue;
-    alive = true;
+    w.over = false;
     if (l.ready && !l.ready()) continue;
     l.ready = nullptr;
     cuda_on_cpu::resume(fiber);
@@ -339,8 +369,16 @@ inline bool run_warp(int number, bool& alive) {
   return moved;
 }
 
-inline void run_block(int warps, int bytes, unsigned order) {
+inline unsigned order_of_test() {
+  const char* order = std::getenv("FASTVIT_CUDA_ON_CPU_ORDER");
+  return order == nullptr ? 0 : unsigned(std::atoi(order));
+}
+
+inline void run_block(int warps, int bytes) {
   block = std::make_unique<Block>();
+  const unsigned order = order_of_test();
+  const char* without = std::getenv("FASTVIT_CUDA_ON_CPU_WITHOUT");
+  if (without != nullptr) block->without = without;
   block->warps.resize(warps);
   block->order = order;
   block->bytes = bytes;
@@ -352,12 +390,23 @@ inline void run_block(int warps, int bytes, unsigned order) {
   }
   std::vector<int> turns(warps);
   for (int i = 0; i < warps; ++i) turns[i] = i;
-  for (bool alive = true; alive && failure.empty();) {
+  for (bool alive = true; alive && failure.empty(); ++block->sweep) {
+    bool moved = false, rests = false;
     alive = false;
-    bool moved = false;
     if (order > 1) std::shuffle(turns.begin(), turns.end(), block->random);
-    for (int number : turns) moved = run_warp(number, alive) || moved;
-    if (!happen(!moved) && !moved && alive && failure.empty()) failure = "threads wait for each other for ever";
+    for (int number : turns) {
+      Warp& w = block->warps[number];
+      if (w.over) continue;
+      if (block->sweep >= w.rests_until) rest(w, 64);
+      if (block->sweep < w.rests_until) {
+        rests = true;
+      } else {
+        moved = run_warp(number) || moved;
+      }
+      alive = alive || !w.over;
+    }
+    const bool stuck = alive && !moved && !rests;
+    if (!happen(stuck) && stuck && failure.empty()) failure = "threads wait for each other for ever";
   }
   if (!failure.empty()) return;
   if (!block->loads.empty()) failure = "a load was still under way at the end";
@@ -371,7 +420,6 @@ inline void run_block(int warps, int bytes, unsigned order) {
 
 inline cudaError_t launch(int blocks, int threads, int bytes, const std::function<void()>& kernel) {
   failure.clear();
-  const char* order = std::getenv("FASTVIT_CUDA_ON_CPU_ORDER");
   if (blocks < 1 || threads > 1024 || threads % 128 != 0 || bytes > kShared) return cudaErrorInvalidValue;
   cuda_on_cpu::grid_size = dim3(blocks), cuda_on_cpu::block_size = dim3(threads), cuda_on_cpu::kernel = &kernel;
   while (int(cuda_on_cpu::fibers.size()) < threads) {
@@ -379,7 +427,7 @@ inline cudaError_t launch(int blocks, int threads, int bytes, const std::functio
   }
   for (int i = 0; i < blocks && failure.empty(); ++i) {
     cuda_on_cpu::block_index = {unsigned(i), 0, 0};
-    run_block(threads / kLanes, bytes, order == nullptr ? 0 : unsigned(std::atoi(order)));
+    run_block(threads / kLanes, bytes);
   }
   if (failure.empty()) return cudaGetLastError();
   std::fprintf(stderr, "hopper_on_cpu: %s\n", failure.c_str());
@@ -419,9 +467,12 @@ inline float log2(float v) { return std::log2(v); }
 struct Barrier {
   uint64_t word;
   void init(int count) { cpu::block->barriers[this] = {count, count}; }
-  void arrive() { cpu::arrive(this, 0); }
+  void arrive() {
+    if (!cpu::without("arrive")) cpu::arrive(this, 0);
+  }
   void arrive_and_expect(uint32_t bytes) { cpu::arrive(this, bytes); }
   void wait(uint32_t parity) {
+    if (cpu::without("wait")) return;
     cpu::facts_of(this);
     cpu::wait_until([this, parity] { return cpu::facts_of(this).phase != parity; });
   }
@@ -429,15 +480,19 @@ struct Barrier {
 inline void show_barriers() {}
 
 inline void named_arrive(int name, int threads) {
+  if (cpu::without("named_arrive")) return;
   cpu::NamedFacts& facts = cpu::block->named[name];
   if (++facts.arrived == threads) facts.arrived = 0, ++facts.generation;
 }
 inline void named_sync(int name, int threads) {
+  if (cpu::without("named_sync")) return;
   const int before = cpu::block->named[name].generation;
   named_arrive(name, threads);
   cpu::wait_until([name, before] { return cpu::block->named[name].generation != before; });
 }
-inline void sync_block() { named_sync(-1, int(cuda_on_cpu::block_size.x)); }
+inline void sync_block() {
+  if (!cpu::without("sync_block")) named_sync(-1, int(cuda_on_cpu::block_size.x));
+}
 
 template <int COUNT>
 void take_registers() {}
@@ -445,7 +500,7 @@ template <int COUNT>
 void give_registers() {}
 
 inline void load_tile(const CUtensorMap& map, Barrier& full, void* to, int c0, int c1, int c2, int c3) {
-  cpu::Load load{{}, &full, static_cast<char*>(to), {c0, c1, c2, c3}};
+  cpu::Load load{{}, &full, static_cast<char*>(to), {c0, c1, c2, c3}, cpu::due()};
   std::memcpy(&load.map, &map, sizeof(load.map));
   cpu::expect(cpu::address_of(to) % 1024 == 0, "a swizzled tile that does not start at a multiple of 1024 bytes");
   cpu::facts_of(&full);
@@ -454,10 +509,14 @@ inline void load_tile(const CUtensorMap& map, Barrier& full, void* to, int c0, i
 }
 inline void prefetch_map(const CUtensorMap&) {}
 
-inline void products_begin() { cpu::lane().fenced = true; }
-inline void products_commit() { ++cpu::lane().groups, cpu::lane().open = false; }
+inline void products_begin() { cpu::lane().fenced = !cpu::without("products_begin"); }
+inline void products_commit() {
+  if (cpu::without("products_commit")) return;
+  ++cpu::lane().groups, cpu::lane().open = false;
+}
 template <int LATEST>
 void products_wait() {
+  if (cpu::without("products_wait")) return;
   cpu::wait_for_groups(LATEST);
 }
 template <int N>

@@ -1,0 +1,187 @@
+"""Hopper's attention (csrc/cuda/sm90/attention.cuh) against float64.
+
+Where torch.cuda.is_available() on compute capability 9.0 the kernel runs; everywhere else its own source runs on a
+model of Hopper's instructions (hopper_on_cpu.h), in orders from as late to as early as a GPU may take them.
+"""
+
+import cuda_on_cpu
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastvit import reference, testing
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+HAS_KERNEL = IS_HOPPER and hasattr(torch.ops.fastvit_cuda, "attention_packed_fwd")
+ORDER, WITHOUT = "FASTVIT_CUDA_ON_CPU_ORDER", "FASTVIT_CUDA_ON_CPU_WITHOUT"
+LENGTHS = [1, 5, 64, 65, 128, 129, 197, 208, 256]
+DIM = 64
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cuda", marks=pytest.mark.skipif(not HAS_KERNEL, reason="runs on a GPU of capability 9.0")),
+        pytest.param("cpu", marks=pytest.mark.skipif(bool(cuda_on_cpu.why_not()), reason=cuda_on_cpu.why_not())),
+    ]
+)
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def emulated():
+    if cuda_on_cpu.why_not():
+        pytest.skip(cuda_on_cpu.why_not())
+    return cuda_on_cpu.attention()
+
+
+def ops_of(device):
+    return torch.ops.fastvit_cuda if device == "cuda" else cuda_on_cpu.attention()
+
+
+def draw(*size, dtype=BF16, device="cpu", scale=1.0, seed=0):
+    return (torch.randn(*size, generator=torch.Generator().manual_seed(seed)) * scale).to(device, dtype)
+
+
+def packed(batch, tokens, heads, dtype=BF16, device="cpu", scale=1.0):
+    return draw(batch, tokens, 3 * heads * DIM, dtype=dtype, device=device, scale=scale, seed=tokens)
+
+
+def prove(out, lse, q, k, v, scale=DIM**-0.5):
+    """``out (B, Nq, H, D)`` and ``lse (B, H, Nq)`` against float64, beside what stock PyTorch is off."""
+    wide = [t.double() for t in (q, k, v)]
+    exact = reference.attention(*wide, scale=scale).transpose(1, 2)
+    stock = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    assert out.dtype == q.dtype
+    assert lse.dtype == F32
+    testing.assert_as_accurate(out, stock, exact, "out")
+    scores = wide[0] @ wide[1].mT * scale
+    error = (lse.double() - scores.logsumexp(-1)).abs().max()
+    assert error <= 2e-6 * scores.abs().amax().clamp(min=8)
+
+
+def prove_packed(ops, qkv, heads, scale=DIM**-0.5):
+    out, lse = ops.attention_packed_fwd(qkv, heads, scale)
+    prove(out.unflatten(-1, (heads, DIM)), lse, *reference.unpack_qkv(qkv, heads), scale)
+
+
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_packed(device, dtype, tokens):
+    """More heads than blocks of the grid, so that every stage is filled more than once."""
+    prove_packed(ops_of(device), packed(3, tokens, 3, dtype, device), 3)
+
+
+@pytest.mark.parametrize("order", [1, *range(2, 10)])
+@pytest.mark.parametrize("tokens", [37, 150, 197, 250])
+def test_in_every_order(emulated, monkeypatch, tokens, order):
+    """From two stages to four, from one block of queries in a head to four."""
+    monkeypatch.setenv(ORDER, str(order))
+    prove_packed(emulated, packed(3, tokens, 3), 3)
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "wait",
+        "arrive",
+        "named_sync",
+        "named_arrive",
+        "products_begin",
+        "products_commit",
+        "products_wait",
+        "sync_block",
+    ],
+)
+def test_every_instruction_is_needed(emulated, monkeypatch, instruction):
+    """The model is strict enough to tell: without one of them the kernel fails, or its result is wrong."""
+    monkeypatch.setenv(WITHOUT, instruction)
+    found = 0
+    for order in range(5):
+        monkeypatch.setenv(ORDER, str(order))
+        try:
+            prove_packed(emulated, packed(3, 197, 3), 3)
+        except (AssertionError, RuntimeError):
+            found += 1
+    assert found > 0
+
+
+@pytest.mark.parametrize("scale", [1e-3, 8.0, 30.0])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_magnitudes(device, dtype, scale):
+    """Scores in the thousands, all of one row below zero, and values near the largest of float16."""
+    ops = ops_of(device)
+    prove_packed(ops, packed(2, 197, 2, dtype, device, scale=scale), 2)
+    qkv = packed(1, 70, 2, dtype, device)
+    q, k, v = reference.unpack_qkv(qkv, 2)
+    k.copy_(-q.mean(2, keepdim=True).sign() * 3), q.copy_(q.abs() * q.mean(2, keepdim=True).sign()), v.mul_(1e4)
+    prove_packed(ops, qkv, 2)
+
+
+def test_neighbours_stay_out(device):
+    """Rows past the last token are not the next sample's: NaN there would show, whatever its weight."""
+    for tokens in (5, 197):
+        qkv = packed(3, tokens, 2, device=device)
+        qkv[1] = float("nan")
+        out, lse = ops_of(device).attention_packed_fwd(qkv, 2, 0.125)
+        kept = [0, 2]
+        heads = reference.unpack_qkv(qkv[kept], 2)
+        prove(out[kept].unflatten(-1, (2, DIM)), lse[kept], *heads)
+        assert out[1].isnan().all()
+
+
+def test_strides(device):
+    """A slice of wider rows, samples out of order, and separate q, k and v of other lengths."""
+    wide = draw(5, 70, 3 * 2 * DIM + 24, device=device)
+    prove_packed(ops_of(device), wide[::2, :, 8 : 8 + 3 * 2 * DIM], 2)
+    for queries, keys in ((1, 197), (197, 193), (64, 5), (128, 65)):
+        q = draw(2, queries, 3, DIM, device=device).transpose(1, 2)
+        k, v = (draw(2, 3, keys, DIM + 8, device=device, seed=seed)[..., :DIM] for seed in (1, 2))
+        out, lse = ops_of(device).attention_fwd(q, k, v, 0.2)
+        assert out.shape == (2, queries, 3, DIM)
+        prove(out, lse, q, k, v, 0.2)
+
+
+def test_one_of_each(device):
+    """Strides of dimensions of one may be anything, even what TMA cannot take."""
+    q = draw(1, 1, 1, DIM, device=device).as_strided((1, 1, 1, DIM), (3, 0, 5, 1))
+    prove(*ops_of(device).attention_fwd(q, q, q, 0.125), q, q, q)
+
+
+def test_nothing(device):
+    ops = ops_of(device)
+    out, lse = ops.attention_packed_fwd(packed(0, 7, 2, device=device), 2, 0.125)
+    assert (out.shape, lse.shape) == ((0, 7, 2 * DIM), (0, 2, 7))
+
+
+def test_runs_are_the_same(device):
+    qkv = packed(2, 197, 3, device=device)
+    runs = [ops_of(device).attention_packed_fwd(qkv, 3, 0.125) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda d: packed(1, 257, 2, device=d), "there are 257 keys, expected 1 to 256"),
+        (lambda d: packed(1, 0, 2, device=d), "there are 0 keys, expected 1 to 256"),
+        (lambda d: packed(1, 8, 2, F32, d), "qkv is float32, expected 16 bits"),
+        (lambda d: packed(1, 8, 1, device=d), "the head dim is 32, expected 64"),
+        (lambda d: draw(1, 8, 390, device=d)[..., 1:385], "qkv is misaligned"),
+        (lambda d: draw(1, 8, 388, device=d)[..., :384], "qkv is misaligned"),
+        (lambda d: draw(1, 8, 768, device=d)[..., ::2], "expected 1 for the last dimension"),
+        (lambda d: draw(1, 1, 384, device=d).expand(1, 8, 384), "qkv is misaligned"),
+        (lambda d: draw(8, 384, device=d), "expected (batch, tokens, 3 * 2 heads * head dim)"),
+    ],
+)
+def test_refused(device, make, said):
+    with pytest.raises(RuntimeError, match="attention_packed: ") as error:
+        ops_of(device).attention_packed_fwd(make(device), 2, 0.125)
+    assert said in str(error.value)
+
+
+def test_more_queries_than_blocks_of_keys_are_refused(device):
+    q, k = draw(1, 2, 65, DIM, device=device), draw(1, 2, 64, DIM, device=device)
+    with pytest.raises(RuntimeError, match="there are 65 queries, expected at most 64 beside 64 keys"):
+        ops_of(device).attention_fwd(q, k, k, 0.125)
