@@ -22,7 +22,7 @@ CUDA, TESTS = ROOT / "csrc" / "cuda", ROOT / "tests"
 # The passes, with the glue of Hopper's products and loops that stand in for the products themselves
 PASSES = [*(path for path in CUDA.iterdir() if path.is_file()), CUDA / "sm90" / "ops.cpp", TESTS / "sm90_on_cpu.cpp"]
 # Hopper's attention as it is, on what Hopper's instructions do
-ATTENTION = [*sorted((CUDA / "sm90").glob("attention*")), TESTS / "hopper_on_cpu.h"]
+ATTENTION = [*sorted((CUDA / "sm90").glob("attention*")), TESTS / "hopper_on_cpu.h", TESTS / "hopper_layouts.h"]
 GLUE = ("runtime.cpp", "layernorm_mlp.cpp", "ops.cpp", "attention.cpp")
 STANDS_FOR = {"hopper_on_cpu.h": "hopper.cuh"}
 MULTIPROCESSORS = 2
@@ -91,6 +91,12 @@ def library():
 def attention():
     """``attention_fwd`` and ``attention_packed_fwd``, built once a process. See hopper_on_cpu.h."""
     return _library(ATTENTION, "cuda/sm90")
+
+
+def compile_program(name: str, program: Path, *includes: Path) -> None:
+    """A program of this folder, with nvcc's headers and more."""
+    flags = ["-std=c++20", "-O0", *(f"-I{path}" for path in (TESTS, *includes))]
+    _run(["nvcc", "-x", "c++", *flags, "-Xcompiler=-fpermissive,-w", str(TESTS / name), "-o", str(program)])
 
 
 def _library(files: list[Path], folder: str):

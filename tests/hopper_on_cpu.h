@@ -17,6 +17,7 @@
 #include <string>
 
 #include "cuda/common.cuh"
+#include "hopper_layouts.h"
 
 #ifndef __grid_constant__
 #define __grid_constant__
@@ -134,22 +135,7 @@ inline char* at_address(uint32_t address, int bytes) {
   return shared + address;
 }
 
-// --- matrices in shared memory ---------------------------------------------------------------------------------------
-// PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout". A descriptor has the start in bits 0-13, the
-// leading dimension's offset in 16-29, the stride dimension's in 32-45, all in units of 16 bytes, the base offset in
-// 49-51 and the swizzle in 62-63. With 128 bytes of swizzle, a pattern is 8 rows of 128 bytes, in which the 16-byte
-// piece of a row is the one its number says, exclusive-or the row's number.
-inline uint32_t swizzle128(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
-
-inline uint32_t operand_address(uint64_t descriptor, bool k_is_fastest, int mn, int k) {
-  const uint32_t start = uint32_t(descriptor & 0x3fff) << 4;
-  const uint32_t leading = uint32_t(descriptor >> 16 & 0x3fff) << 4, stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
-  const int fast = k_is_fastest ? k : mn, slow = k_is_fastest ? mn : k;  // along a row of 128 bytes, and across rows
-  uint32_t address = start + slow / 8 * stride + slow % 8 * 128 + fast % 64 * 2;
-  if (!k_is_fastest) address += fast / 64 * leading;  // one that is k-fastest has at most 64 columns: 16 of them here
-  return swizzle128(address);
-}
-
+// --- products --------------------------------------------------------------------------------------------------------
 inline void check_descriptor(uint64_t descriptor) {
   expect(descriptor >> 62 == 1, "a descriptor without the 128-byte swizzle");
   expect((descriptor >> 49 & 7) == 0, "a descriptor with a base offset");
@@ -168,25 +154,21 @@ inline float operand(uint64_t descriptor, bool k_is_fastest, int mn, int k, bool
   return value_of(bits, is_bf16);
 }
 
-// Fragments: PTX ISA, "Matrix Fragments for wgmma.mma_async.m64nNk16". Rows are those of the warp.
-inline float fragment_a(const Product& p, int row, int k) {
-  const int of_quad = row % 8 * 4 + k % 8 / 2;
-  const uint32_t word = p.registers[of_quad][row / 8 + k / 8 * 2];
-  return value_of(uint16_t(word >> 16 * (k % 2)), p.is_bf16);
-}
-
 inline void multiply(Warp& w, int first_row, Product& p) {
   float a[16][16], b[16];
   for (int row = 0; row < 16; ++row) {
     for (int k = 0; k < 16; ++k) {
-      a[row][k] = p.a_in_registers ? fragment_a(p, row, k) : operand(p.a, true, first_row + row, k, p.is_bf16);
+      const Place at = fragment_place(row, k);
+      a[row][k] = p.a_in_registers
+                      ? value_of(uint16_t(p.registers[at.lane][at.value / 2] >> 16 * (at.value % 2)), p.is_bf16)
+                      : operand(p.a, true, first_row + row, k, p.is_bf16);
     }
   }
   for (int n = 0; n < p.n; ++n) {
     for (int k = 0; k < 16; ++k) b[k] = operand(p.b, !p.a_in_registers, n, k, p.is_bf16);
     for (int row = 0; row < 16; ++row) {
-      const int of_lane = row % 8 * 4 + n % 8 / 2;
-      float& d = w.lanes[of_lane].hidden.at(p.d[of_lane]).values[n / 8 * 4 + row / 8 * 2 + n % 2];
+      const Place at = accumulator_place(row, n);
+      float& d = w.lanes[at.lane].hidden.at(p.d[at.lane]).values[at.value];
       double sum = p.add ? d : 0.;
       for (int k = 0; k < 16; ++k) sum += double(a[row][k]) * b[k];
       d = float(sum);

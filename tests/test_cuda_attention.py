@@ -4,6 +4,10 @@ Where torch.cuda.is_available() on compute capability 9.0 the kernel runs; every
 model of Hopper's instructions (hopper_on_cpu.h), in orders from as late to as early as a GPU may take them.
 """
 
+import importlib.util
+import subprocess
+from pathlib import Path
+
 import cuda_on_cpu
 import pytest
 import torch
@@ -34,6 +38,11 @@ def emulated():
     if cuda_on_cpu.why_not():
         pytest.skip(cuda_on_cpu.why_not())
     return cuda_on_cpu.attention()
+
+
+def cutlass_headers():
+    spec = importlib.util.find_spec("cutlass_library")
+    return Path(spec.submodule_search_locations[0]) / "source" / "include" if spec else None
 
 
 def ops_of(device):
@@ -105,6 +114,15 @@ def test_every_instruction_is_needed(emulated, monkeypatch, instruction):
         except (AssertionError, RuntimeError):
             found += 1
     assert found > 0
+
+
+def test_layouts_are_those_of_cutlass(tmp_path):
+    """Swizzled tiles and fragments as the model has them from the PTX manual, and as CUTLASS's own types say."""
+    if cuda_on_cpu.why_not() or cutlass_headers() is None:
+        pytest.skip(cuda_on_cpu.why_not() or "CUTLASS is not installed")
+    cuda_on_cpu.compile_program("hopper_layouts.cpp", tmp_path / "layouts", cutlass_headers())
+    done = subprocess.run([tmp_path / "layouts"], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("", 0)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 8.0, 30.0])
