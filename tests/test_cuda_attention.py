@@ -11,16 +11,14 @@ from pathlib import Path
 import cuda_on_cpu
 import pytest
 import torch
-import torch.nn.functional as F
+from hopper_attention import BF16, DIM, F16, F32, HAS_KERNEL, OP, draw, ops_of, packed, prove, stand_in
 
-from fastvit import reference, testing
+import fastvit
+from fastvit import dispatch, reference
+from fastvit.ops import _sm90
 
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-HAS_KERNEL = IS_HOPPER and hasattr(torch.ops.fastvit_cuda, "attention_packed_fwd")
 ORDER, WITHOUT = "FASTVIT_CUDA_ON_CPU_ORDER", "FASTVIT_CUDA_ON_CPU_WITHOUT"
 LENGTHS = [1, 5, 64, 65, 128, 129, 197, 208, 256]
-DIM = 64
 
 
 @pytest.fixture(
@@ -33,8 +31,8 @@ def device(request):
     return request.param
 
 
-@pytest.fixture
-def emulated():
+@pytest.fixture(params=["cpu"])
+def emulated(request):
     if cuda_on_cpu.why_not():
         pytest.skip(cuda_on_cpu.why_not())
     return cuda_on_cpu.attention()
@@ -43,31 +41,6 @@ def emulated():
 def cutlass_headers():
     spec = importlib.util.find_spec("cutlass_library")
     return Path(spec.submodule_search_locations[0]) / "source" / "include" if spec else None
-
-
-def ops_of(device):
-    return torch.ops.fastvit_cuda if device == "cuda" else cuda_on_cpu.attention()
-
-
-def draw(*size, dtype=BF16, device="cpu", scale=1.0, seed=0):
-    return (torch.randn(*size, generator=torch.Generator().manual_seed(seed)) * scale).to(device, dtype)
-
-
-def packed(batch, tokens, heads, dtype=BF16, device="cpu", scale=1.0):
-    return draw(batch, tokens, 3 * heads * DIM, dtype=dtype, device=device, scale=scale, seed=tokens)
-
-
-def prove(out, lse, q, k, v, scale=DIM**-0.5):
-    """``out (B, Nq, H, D)`` and ``lse (B, H, Nq)`` against float64, beside what stock PyTorch is off."""
-    wide = [t.double() for t in (q, k, v)]
-    exact = reference.attention(*wide, scale=scale).transpose(1, 2)
-    stock = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-    assert out.dtype == q.dtype
-    assert lse.dtype == F32
-    testing.assert_as_accurate(out, stock, exact, "out")
-    scores = wide[0] @ wide[1].mT * scale
-    error = (lse.double() - scores.logsumexp(-1)).abs().max()
-    assert error <= 2e-6 * scores.abs().amax().clamp(min=8)
 
 
 def prove_packed(ops, qkv, heads, scale=DIM**-0.5):
@@ -116,7 +89,8 @@ def test_every_instruction_is_needed(emulated, monkeypatch, instruction):
     assert found > 0
 
 
-def test_layouts_are_those_of_cutlass(tmp_path):
+@pytest.mark.parametrize("place", ["cpu"])
+def test_layouts_are_those_of_cutlass(place, tmp_path):
     """Swizzled tiles and fragments as the model has them from the PTX manual, and as CUTLASS's own types say."""
     if cuda_on_cpu.why_not() or cutlass_headers() is None:
         pytest.skip(cuda_on_cpu.why_not() or "CUTLASS is not installed")
@@ -165,6 +139,56 @@ def test_one_of_each(device):
     """Strides of dimensions of one may be anything, even what TMA cannot take."""
     q = draw(1, 1, 1, DIM, device=device).as_strided((1, 1, 1, DIM), (3, 0, 5, 1))
     prove(*ops_of(device).attention_fwd(q, q, q, 0.125), q, q, q)
+
+
+def test_the_op_copies_what_tma_cannot_read(emulated, monkeypatch):
+    stand_in(monkeypatch)
+    wide = draw(2, 20, 3 * DIM + 4)
+    for qkv in (
+        wide[..., 4:],
+        wide[..., : 3 * DIM],
+        draw(2, 20, 6 * DIM)[..., ::2],
+        draw(1, 20, 3 * DIM).expand(2, -1, -1),
+    ):
+        out, lse = OP._packed_fwd(qkv, 1, 0.125, "cuda")
+        prove(out.unflatten(-1, (1, DIM)), lse, *reference.unpack_qkv(qkv.contiguous(), 1))
+    taken = packed(2, 20, 1)
+    assert _sm90.for_tma(taken) is taken
+
+
+def test_auto_passes_it_by(emulated, monkeypatch):
+    stand_in(monkeypatch)
+    qkv = packed(1, 20, 1)
+    refused = dispatch.OPS["attention_packed"].explain(qkv, 1, 0.0, 0.125)["cuda"]
+    assert len(refused) == 1
+    assert refused[0].startswith("it runs only by name, as with use_backend(attention_packed='cuda'): ")
+    with dispatch.recording() as calls:
+        fastvit.ops.attention_packed(qkv, 1)
+    assert calls[0][1] != "cuda"
+    with fastvit.use_backend(attention_packed="cuda"):
+        assert dispatch.OPS["attention_packed"].explain(qkv, 1, 0.0, 0.125)["cuda"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dropout_p": 0.1}, "no masks, causal order, dropout, norms or rotation"),
+        ({"is_causal": True}, "no masks, causal order, dropout, norms or rotation"),
+        ({"q": (1, 2, 65, DIM)}, "there are 65 queries, Hopper's attention takes 64 beside 20 keys"),
+        ({"q": (1, 2, 20, 32), "k": (1, 2, 20, 32)}, "the head dim is 32, Hopper's attention takes 64"),
+        ({"k": (1, 2, 257, DIM)}, "there are 257 keys, Hopper's attention takes up to 256"),
+        ({"scale": 0.0}, "scale is 0.0, Hopper's attention takes one above 0"),
+        ({"dtype": F32}, "q is torch.float32, Hopper's attention takes bfloat16 and float16"),
+    ],
+)
+def test_why_not(emulated, monkeypatch, change, said):
+    stand_in(monkeypatch)
+    dtype = change.pop("dtype", BF16)
+    sizes = {"q": (1, 2, 20, DIM), "k": (1, 2, 20, DIM)}
+    q, k = (draw(*change.pop(name, size), dtype=dtype) for name, size in sizes.items())
+    with fastvit.use_backend(attention="cuda"), pytest.raises(fastvit.Unsupported) as error:
+        fastvit.ops.attention(q, k, k, **change)
+    assert said in str(error.value)
 
 
 def test_nothing(device):

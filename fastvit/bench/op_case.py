@@ -75,7 +75,7 @@ class OpCase:
 
     def _backend(self) -> str:
         """The first of the op's backends that takes these inputs, kernels before plain PyTorch."""
-        for backend in OPS[self.op].backends:
+        for backend in (name for name, backend in OPS[self.op].backends.items() if not backend.only_by_name):
             with contextlib.suppress(Unsupported), use_backend(backend), torch.no_grad():
                 getattr(ops, self.op)(**self.inputs)
                 return backend

@@ -37,6 +37,7 @@ void check_sizes(const Checks& checks, const AttentionFwd& p, int64_t dim) {
     return "there are " + std::to_string(p.queries) + " queries, expected at most " +
            std::to_string(most_queries(p.keys)) + " beside " + std::to_string(p.keys) + " keys";
   });
+  checks.expect(p.scale > 0, [&] { return "scale is " + std::to_string(p.scale) + ", expected a number > 0"; });
   checks.expect(p.batch * p.heads < int64_t(1) << 31, [&] {
     return "there are " + std::to_string(p.batch * p.heads) + " heads, expected fewer than 2147483648";
   });
