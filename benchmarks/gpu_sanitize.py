@@ -41,6 +41,7 @@ def cases(part: str, device: str) -> Iterator[tuple[str, Callable[[], object]]]:
                     yield f"{op} {shape.embed_dim} autocast", functools.partial(autocast, run, device)
     if part == "cuda" and device == "cuda" and not _sm90.why_not_built():
         yield from products()
+        yield from attentions()
 
 
 def autocast(run: Callable[[], object], device: str) -> None:
@@ -69,6 +70,15 @@ def products() -> Iterator[tuple[str, Callable[[], object]]]:
             f"linear_act_grad {name}",
             functools.partial(ops.linear_act_grad, x, back, h, "gelu", True, torch.float32),
         )
+
+
+def attentions() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Hopper's attention: every number of query blocks in a head, ragged, and more heads than multiprocessors."""
+    ops = torch.ops.fastvit_cuda
+    for dtype in (torch.bfloat16, torch.float16):
+        for batch, tokens in ((2, 5), (2, 65), (2, 129), (100, 197), (2, 256)):
+            qkv = torch.randn(batch, tokens, 3 * 3 * 64, device="cuda", dtype=dtype)
+            yield f"attention {dtype} {tokens}", functools.partial(ops.attention_packed_fwd, qkv, 3, 0.125)
 
 
 def main() -> int:

@@ -61,7 +61,9 @@ class OpCase:
             raise Refused(f"{name} is for models")
         if provider.graph and (self.device.type != "cuda" or self.mode != "fwd"):
             raise Refused("a CUDA graph is replayed for fwd on a GPU only")
-        backend = self._backend() if provider.ours else "torch"
+        if provider.attention and self.op != "attention_packed":
+            raise Refused(f"{name} is for attention_packed and models")
+        backend = provider.attention or (self._backend() if provider.ours else "torch")
         fn = getattr(ops if provider.ours else stock, self.op)
         if provider.compiled:
             fn = torch.compile(fn, **compile_options(self.device, whole_model=False, training=self.mode != "fwd"))
