@@ -76,7 +76,7 @@ def attentions() -> Iterator[tuple[str, Callable[[], object]]]:
     """Hopper's attention: every number of query blocks in a head, ragged, and more heads than multiprocessors."""
     ops = torch.ops.fastvit_cuda
     for dtype in (torch.bfloat16, torch.float16):
-        for batch, tokens in ((2, 5), (2, 65), (2, 129), (100, 197), (2, 256)):
+        for batch, tokens in ((2, 5), (2, 65), (2, 129), (100, 197), (2, 256), (2, 257)):
             qkv = torch.randn(batch, tokens, 3 * 3 * 64, device="cuda", dtype=dtype)
             yield f"attention {dtype} {tokens}", functools.partial(ops.attention_packed_fwd, qkv, 3, 0.125)
 

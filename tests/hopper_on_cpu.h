@@ -188,8 +188,7 @@ inline int issued(const Warp& w) {
   return count;
 }
 
-template <int N>
-void issue(float (&d)[N], uint64_t a, const uint32_t* registers, uint64_t b, bool add, bool is_bf16) {
+inline void issue(float* d, int n, uint64_t a, const uint32_t* registers, uint64_t b, bool add, bool is_bf16) {
   Warp& w = warp();
   Lane& l = lane();
   const int of_lane = thread() % kLanes;
@@ -199,16 +198,16 @@ void issue(float (&d)[N], uint64_t a, const uint32_t* registers, uint64_t b, boo
   if (l.products == int(w.products.size())) w.products.emplace_back();
   Product& p = w.products[l.products++];
   if (p.issued == 0) {
-    p.n = 2 * N, p.a = a, p.b = b, p.add = add, p.a_in_registers = registers != nullptr, p.is_bf16 = is_bf16;
+    p.n = n, p.a = a, p.b = b, p.add = add, p.a_in_registers = registers != nullptr, p.is_bf16 = is_bf16;
   }
-  expect(p.n == 2 * N && p.a == a && p.b == b && p.add == add && p.a_in_registers == (registers != nullptr),
+  expect(p.n == n && p.a == a && p.b == b && p.add == add && p.a_in_registers == (registers != nullptr),
          "the threads of a warp issue different products");
   p.d[of_lane] = d, p.registers[of_lane] = registers, p.group[of_lane] = l.groups;
   ++p.issued;
   Hidden& hidden = l.hidden[d];
   if (hidden.products++ == 0) {
-    hidden.values.assign(d, d + N);
-    std::fill(d, d + N, NAN);
+    hidden.values.assign(d, d + n / 2);
+    std::fill(d, d + n / 2, NAN);
   }
   l.open = true;
   if (block->order == 1 && p.issued == kLanes) run_products(thread() / kLanes, issued(w));
@@ -505,12 +504,12 @@ template <int N>
 void pin(float (&)[N]) {}
 
 template <typename T, int N>
-void multiply(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
-  cpu::issue(d, a, nullptr, b, add, std::is_same_v<T, __nv_bfloat16>);
+void multiply(float* d, uint64_t a, uint64_t b, bool add) {
+  cpu::issue(d, N, a, nullptr, b, add, std::is_same_v<T, __nv_bfloat16>);
 }
 template <typename T, int N>
-void multiply(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool add) {
-  cpu::issue(d, 0, a, b, add, std::is_same_v<T, __nv_bfloat16>);
+void multiply(float* d, const uint32_t* a, uint64_t b, bool add) {
+  cpu::issue(d, N, 0, a, b, add, std::is_same_v<T, __nv_bfloat16>);
 }
 
 using EncodeTiled = decltype(&cpu::encode);

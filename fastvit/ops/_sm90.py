@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _tiles
 
-MOST_KEYS, HEAD_DIM, QUERIES = 256, 64, 64  # of attention, see csrc/cuda/sm90/attention.h
+MOST_KEYS, HEAD_DIM, QUERIES = 272, 64, 64  # of attention, see csrc/cuda/sm90/attention.h
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 

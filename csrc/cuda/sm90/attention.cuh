@@ -34,17 +34,18 @@ struct AttentionTiles {
   static constexpr int kQueries = int(most_queries(KEYS));
   static constexpr int kKeyBytes = KEYS * kRowBytes;
   static constexpr int kQueryBytes = kQueries * kRowBytes;
+  static constexpr int kParts = KEYS > 256 ? 2 : 1;  // of a tile: a load, as a product, has up to 256 rows
   static constexpr int kStageBytes = kQueryBytes + 2 * kKeyBytes;
   static constexpr int kAlignment = 1024;  // of the swizzle's pattern
   static constexpr int kLimit = 227 * 1024 - kAlignment - 256;
   static constexpr int kStages = kLimit / kStageBytes < 4 ? kLimit / kStageBytes : 4;
   static constexpr int kBytes = kAlignment + kStages * kStageBytes + kStages * 4 * int(sizeof(hopper::Barrier));
   // Whether scores of one block and weights of another fit a thread's registers together
-  static constexpr bool kTogether = KEYS <= 208;
-  static_assert(kStages >= 2 && KEYS % 16 == 0);
+  static constexpr bool kTogether = KEYS <= 208, kStoresLate = KEYS <= 256;
+  static_assert(kStages >= 2 && KEYS % 16 == 0 && KEYS / kParts % 8 == 0);
 };
 
-struct alignas(64) AttentionParams {
+struct AttentionParams {
   CUtensorMap q, k, v;
   void* out;
   float* lse;
@@ -97,19 +98,25 @@ __device__ inline uint32_t pack(float low, float high) {
 template <int KEYS>
 __device__ inline void load_heads(const AttentionParams& p, const AttentionShared<KEYS>& shared) {
   using Tiles = AttentionTiles<KEYS>;
-  const uint32_t query_bytes = p.blocks * kBlockRows * kRowBytes;
+  const int query_rows = p.blocks * kBlockRows / Tiles::kParts, key_rows = KEYS / Tiles::kParts;
+  const auto load = [&](const CUtensorMap& map, hopper::Barrier& full, char* to, int rows, int head, int sample) {
+#pragma unroll
+    for (int part = 0; part < Tiles::kParts; ++part) {
+      hopper::load_tile(map, full, to + part * rows * kRowBytes, 0, part * rows, head, sample);
+    }
+  };
   int turn = 0;
   for (int head = blockIdx.x; head < p.all_heads; head += gridDim.x, ++turn) {
     const int stage = turn % Tiles::kStages, parity = turn / Tiles::kStages % 2;
     const int sample = head / p.heads, of_sample = head % p.heads;
     hopper::Barrier &scores = shared.full_scores(stage), &values = shared.full_values(stage);
     shared.empty_scores(stage).wait(parity ^ 1);
-    scores.arrive_and_expect(query_bytes + Tiles::kKeyBytes);
-    hopper::load_tile(p.q, scores, shared.q(stage), 0, 0, of_sample, sample);
-    hopper::load_tile(p.k, scores, shared.k(stage), 0, 0, of_sample, sample);
+    scores.arrive_and_expect(p.blocks * kBlockRows * kRowBytes + Tiles::kKeyBytes);
+    load(p.q, scores, shared.q(stage), query_rows, of_sample, sample);
+    load(p.k, scores, shared.k(stage), key_rows, of_sample, sample);
     shared.empty_values(stage).wait(parity ^ 1);
     values.arrive_and_expect(Tiles::kKeyBytes);
-    hopper::load_tile(p.v, values, shared.v(stage), 0, 0, of_sample, sample);
+    load(p.v, values, shared.v(stage), key_rows, of_sample, sample);
   }
 }
 
@@ -174,20 +181,27 @@ struct AttentionGroup {
   }
 
   __device__ void begin_scores(float (&scores)[kScores], const Place& at) const {
-    const uint32_t q = hopper::shared_address(shared.q(at.stage())) + at.block * kBlockRows * kRowBytes;
-    const uint32_t k = hopper::shared_address(shared.k(at.stage()));
+    const uint64_t q = describe(hopper::shared_address(shared.q(at.stage())) + at.block * kBlockRows * kRowBytes);
+    const uint64_t k = describe(hopper::shared_address(shared.k(at.stage())));
 #pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {  // 16 values of a row are 32 bytes
-      hopper::multiply<T, KEYS>(scores, describe(q + 32 * step), describe(k + 32 * step), step > 0);
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      constexpr int kStep = 16 * sizeof(T) / 16;  // along a row, in descriptors' units of 16 bytes
+      constexpr int kFirst = KEYS < 256 ? KEYS : 256;
+      hopper::multiply<T, kFirst>(scores, q + kStep * step, k + kStep * step, step > 0);
+      if constexpr (KEYS > kFirst) {
+        const uint64_t rest = k + kFirst * kRowBytes / 16;
+        hopper::multiply<T, KEYS - kFirst>(scores + kFirst / 2, q + kStep * step, rest + kStep * step, step > 0);
+      }
     }
     hopper::products_commit();
   }
 
   __device__ void begin_out(float (&out)[kOut], const uint32_t (&weights)[kWeights], const Place& at) const {
-    const uint32_t v = hopper::shared_address(shared.v(at.stage()));
+    const uint64_t v = describe(hopper::shared_address(shared.v(at.stage())));
 #pragma unroll
     for (int step = 0; step < KEYS / 16; ++step) {
-      hopper::multiply<T, kHeadDim>(out, weights + 4 * step, describe(v + 16 * kRowBytes * step), step > 0);
+      constexpr int kStep = 16 * kRowBytes / 16;  // across 16 rows
+      hopper::multiply<T, kHeadDim>(out, weights + 4 * step, v + kStep * step, step > 0);
     }
     hopper::products_commit();
   }
@@ -318,14 +332,15 @@ struct AttentionGroup {
         hopper::products_wait<0>();
         hopper::pin(out);
         store_out(out, inverse, at);
-      } else {  // the results are stored while the scores are multiplied
+      } else {  // the results are stored while the scores are multiplied, where registers are left for both
         begin_out(out, weights, at);
         hopper::products_wait<0>();
         hopper::pin(out);
+        if constexpr (!Tiles::kStoresLate) store_out(out, inverse, at);
         hopper::products_begin();
         begin_scores(scores, next);
         turn_end(turn);
-        store_out(out, inverse, at);
+        if constexpr (Tiles::kStoresLate) store_out(out, inverse, at);
         hopper::products_wait<0>();
         hopper::pin(scores);
         find_maxima(scores, maxima);
@@ -412,9 +427,10 @@ cudaError_t launch_attention_fwd(const AttentionFwd& p, cudaStream_t stream) {
   params.heads = int(p.heads), params.queries = int(p.queries), params.keys = int(p.keys);
   params.blocks = int(ceil_div(p.queries, kBlockRows));
   params.scale = p.scale;
-  const bool known = encode_heads(params.q, DTYPE, p.q, p.queries, p.heads, p.batch, params.blocks * kBlockRows) &&
-                     encode_heads(params.k, DTYPE, p.k, p.keys, p.heads, p.batch, KEYS) &&
-                     encode_heads(params.v, DTYPE, p.v, p.keys, p.heads, p.batch, KEYS);
+  const bool known =
+      encode_heads(params.q, DTYPE, p.q, p.queries, p.heads, p.batch, params.blocks * kBlockRows / Tiles::kParts) &&
+      encode_heads(params.k, DTYPE, p.k, p.keys, p.heads, p.batch, KEYS / Tiles::kParts) &&
+      encode_heads(params.v, DTYPE, p.v, p.keys, p.heads, p.batch, KEYS / Tiles::kParts);
   if (!known) return cudaErrorInvalidValue;
   const int blocks = std::min(params.all_heads, multiprocessors(p.device));
   return hopper::launch(&attention_fwd_kernel<DTYPE, KEYS, kHeadDim, Tiles::kBytes>, blocks, kAttentionThreads,

@@ -10,7 +10,7 @@ constexpr int kBlockRows = 64;  // queries of a product
 
 // Numbers of keys that have a kernel: all keys of a head stay on the chip, and scores are computed for all of these
 // columns. They follow the lengths of ViTs.
-constexpr int kKeys[] = {64, 80, 128, 160, 192, 208, 256};
+constexpr int kKeys[] = {64, 80, 128, 160, 192, 208, 256, 272};
 constexpr int kWidths = int(sizeof(kKeys) / sizeof(kKeys[0]));
 constexpr int kMostKeys = kKeys[kWidths - 1];
 

@@ -102,6 +102,7 @@ struct Product;
     using Shared = gmma::MMA_64x##N##x16_F32F16F16_SS<gmma::Major::K, gmma::Major::K>;       \
     using Registers = gmma::MMA_64x##N##x16_F32F16F16_RS<gmma::Major::K, gmma::Major::MN>;   \
   };
+FASTVIT_PRODUCT(16)
 FASTVIT_PRODUCT(64)
 FASTVIT_PRODUCT(80)
 FASTVIT_PRODUCT(128)
@@ -111,25 +112,26 @@ FASTVIT_PRODUCT(208)
 FASTVIT_PRODUCT(256)
 #undef FASTVIT_PRODUCT
 
-template <typename Op, int N, size_t... I>
-__device__ inline void multiply(float (&d)[N], uint64_t a, uint64_t b, bool add, std::index_sequence<I...>) {
+template <typename Op, size_t... I>
+__device__ inline void multiply(float* d, uint64_t a, uint64_t b, bool add, std::index_sequence<I...>) {
   Op::fma(a, b, d[I]..., add ? gmma::ScaleOut::One : gmma::ScaleOut::Zero);
 }
-template <typename Op, int N, size_t... I>
-__device__ inline void multiply(float (&d)[N], const uint32_t* a, uint64_t b, bool add, std::index_sequence<I...>) {
+template <typename Op, size_t... I>
+__device__ inline void multiply(float* d, const uint32_t* a, uint64_t b, bool add, std::index_sequence<I...>) {
   Op::fma(a[0], a[1], a[2], a[3], b, d[I]..., add ? gmma::ScaleOut::One : gmma::ScaleOut::Zero);
 }
 
 }  // namespace detail
 
-// d (64, N) = a (64, 16) b (16, N), plus d with `add`. Both in shared memory, k running fastest.
+// d (64, N) = a (64, 16) b (16, N), plus d with `add`; N / 2 registers of a thread. Both in shared memory, k running
+// fastest.
 template <typename T, int N>
-__device__ inline void multiply(float (&d)[N / 2], uint64_t a, uint64_t b, bool add) {
+__device__ inline void multiply(float* d, uint64_t a, uint64_t b, bool add) {
   detail::multiply<typename detail::Product<T, N>::Shared>(d, a, b, add, std::make_index_sequence<N / 2>());
 }
 // The same with a's fragment in four registers, and n running fastest in b.
 template <typename T, int N>
-__device__ inline void multiply(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool add) {
+__device__ inline void multiply(float* d, const uint32_t* a, uint64_t b, bool add) {
   detail::multiply<typename detail::Product<T, N>::Registers>(d, a, b, add, std::make_index_sequence<N / 2>());
 }
 
