@@ -54,7 +54,7 @@ def measure(part: str, rehearse: bool) -> list[dict]:
     device = "cpu" if rehearse else "cuda"
     if name in BY_NAME:
         op, backend = name.split("=")
-        shapes = [s for s in VIT_SHAPES.values() if s.head_dim == _sm90.HEAD_DIM and s.tokens <= _sm90.MOST_KEYS]
+        shapes = [s for s in VIT_SHAPES.values() if s.head_dim in _sm90.HEAD_DIMS and s.tokens <= _sm90.MOST_KEYS]
         # a row length that ends within every block, and more heads than multiprocessors
         shapes += [replace(shapes[0], tokens=tokens) for tokens in (5, 50, 65, 150, 256, 257)]
         with use_backend(**{op: backend}):

@@ -76,9 +76,10 @@ def attentions() -> Iterator[tuple[str, Callable[[], object]]]:
     """Hopper's attention: every number of query blocks in a head, ragged, and more heads than multiprocessors."""
     ops = torch.ops.fastvit_cuda
     for dtype in (torch.bfloat16, torch.float16):
-        for batch, tokens in ((2, 5), (2, 65), (2, 129), (100, 197), (2, 256), (2, 257)):
-            qkv = torch.randn(batch, tokens, 3 * 3 * 64, device="cuda", dtype=dtype)
-            yield f"attention {dtype} {tokens}", functools.partial(ops.attention_packed_fwd, qkv, 3, 0.125)
+        sizes = [(2, tokens, dim) for tokens in (5, 65, 129, 256, 257) for dim in _sm90.HEAD_DIMS]
+        for batch, tokens, dim in [*sizes, (100, 197, 64)]:
+            qkv = torch.randn(batch, tokens, 3 * 3 * dim, device="cuda", dtype=dtype)
+            yield f"attention {dtype} {tokens} {dim}", functools.partial(ops.attention_packed_fwd, qkv, 3, 0.125)
 
 
 def main() -> int:

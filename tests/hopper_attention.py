@@ -24,8 +24,8 @@ def draw(*size, dtype=BF16, device="cpu", scale=1.0, seed=0):
     return (torch.randn(*size, generator=torch.Generator().manual_seed(seed)) * scale).to(device, dtype)
 
 
-def packed(batch, tokens, heads, dtype=BF16, device="cpu", scale=1.0):
-    return draw(batch, tokens, 3 * heads * DIM, dtype=dtype, device=device, scale=scale, seed=tokens)
+def packed(batch, tokens, heads, dtype=BF16, device="cpu", scale=1.0, dim=DIM):
+    return draw(batch, tokens, 3 * heads * dim, dtype=dtype, device=device, scale=scale, seed=tokens)
 
 
 def prove(out, lse, q, k, v, scale=DIM**-0.5):

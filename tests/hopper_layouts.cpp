@@ -34,7 +34,18 @@ int operands() {
       second += hopper_on_cpu::operand_address(rows, false, column, row % 16) != uint32_t(mn_fastest(column, row)) * 2;
     }
   }
-  return differ("operands, k fastest", first) + differ("operands, n fastest", second);
+  // two slices of 64 columns, one behind the other
+  const auto sliced = as_position_independent_swizzle_layout(tile_to_shape(
+      SM90::GMMA::Layout_MN_SW128_Atom<Element>{}, Shape<Int<2 * kColumns>, Int<kRows>>{}, Step<_2, _1>{}));
+  int third = 0;
+  for (int row = 0; row < kRows; ++row) {
+    for (int column = 0; column < 2 * kColumns; ++column) {
+      const uint64_t slice = uint64_t(kRows * 128 / 16) << 16;
+      const uint64_t rows = kSwizzle | kEightRows | slice | (row / 16 * 2048) >> 4;
+      third += hopper_on_cpu::operand_address(rows, false, column, row % 16) != uint32_t(sliced(column, row)) * 2;
+    }
+  }
+  return differ("operands, k fastest", first) + differ("operands, n fastest", second) + differ("slices", third);
 }
 
 int fragments() {

@@ -45,22 +45,24 @@ def cutlass_headers():
 
 def prove_packed(ops, qkv, heads, scale=DIM**-0.5):
     out, lse = ops.attention_packed_fwd(qkv, heads, scale)
-    prove(out.unflatten(-1, (heads, DIM)), lse, *reference.unpack_qkv(qkv, heads), scale)
+    prove(out.unflatten(-1, (heads, -1)), lse, *reference.unpack_qkv(qkv, heads), scale)
 
 
-@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize(("tokens", "dim"), [*((n, 64) for n in LENGTHS), *((n, 80) for n in (5, 128, 197, 257))])
 @pytest.mark.parametrize("dtype", [BF16, F16])
-def test_packed(device, dtype, tokens):
+def test_packed(device, dtype, tokens, dim):
     """More heads than blocks of the grid, so that every stage is filled more than once."""
-    prove_packed(ops_of(device), packed(3, tokens, 3, dtype, device), 3)
+    prove_packed(ops_of(device), packed(3, tokens, 3, dtype, device, dim=dim), 3)
 
 
 @pytest.mark.parametrize("order", [1, *range(2, 10)])
-@pytest.mark.parametrize("tokens", [37, 150, 197, 250, 257])
-def test_in_every_order(emulated, monkeypatch, tokens, order):
-    """From two stages to four, from one block of queries in a head to four."""
+@pytest.mark.parametrize(
+    ("tokens", "dim"), [*((n, 64) for n in (37, 150, 197, 250, 257)), (70, 80), (160, 80), (257, 80)]
+)
+def test_in_every_order(emulated, monkeypatch, tokens, dim, order):
+    """From one stage to four, from one block of queries in a head to five."""
     monkeypatch.setenv(ORDER, str(order))
-    prove_packed(emulated, packed(3, tokens, 3), 3)
+    prove_packed(emulated, packed(3, tokens, 3, dim=dim), 3)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_auto_passes_it_by(emulated, monkeypatch):
         ({"dropout_p": 0.1}, "no masks, causal order, dropout, norms or rotation"),
         ({"is_causal": True}, "no masks, causal order, dropout, norms or rotation"),
         ({"q": (1, 2, 65, DIM)}, "there are 65 queries, Hopper's attention takes 64 beside 20 keys"),
-        ({"q": (1, 2, 20, 32), "k": (1, 2, 20, 32)}, "the head dim is 32, Hopper's attention takes 64"),
+        ({"q": (1, 2, 20, 32), "k": (1, 2, 20, 32)}, "the head dim is 32, Hopper's attention takes 64 and 80"),
         ({"k": (1, 2, 273, DIM)}, "there are 273 keys, Hopper's attention takes up to 272"),
         ({"scale": 0.0}, "scale is 0.0, Hopper's attention takes one above 0"),
         ({"dtype": F32}, "q is torch.float32, Hopper's attention takes bfloat16 and float16"),
@@ -209,7 +211,7 @@ def test_runs_are_the_same(device):
         (lambda d: packed(1, 273, 2, device=d), "there are 273 keys, expected 1 to 272"),
         (lambda d: packed(1, 0, 2, device=d), "there are 0 keys, expected 1 to 272"),
         (lambda d: packed(1, 8, 2, F32, d), "qkv is float32, expected 16 bits"),
-        (lambda d: packed(1, 8, 1, device=d), "the head dim is 32, expected 64"),
+        (lambda d: packed(1, 8, 1, device=d), "the head dim is 32, expected 64 or 80"),
         (lambda d: draw(1, 8, 390, device=d)[..., 1:385], "qkv is misaligned"),
         (lambda d: draw(1, 8, 388, device=d)[..., :384], "qkv is misaligned"),
         (lambda d: draw(1, 8, 768, device=d)[..., ::2], "expected 1 for the last dimension"),

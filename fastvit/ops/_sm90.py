@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _tiles
 
-MOST_KEYS, HEAD_DIM, QUERIES = 272, 64, 64  # of attention, see csrc/cuda/sm90/attention.h
+MOST_KEYS, HEAD_DIMS, QUERIES = 272, (64, 80), 64  # of attention, see csrc/cuda/sm90/attention.h
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -47,8 +47,9 @@ def why_not_attention(q: Tensor, keys: int, ops: Any = torch.ops.fastvit_cuda) -
         reasons.append("Hopper's attention is not in the CUDA library, which is older than the package")
     if q.dtype not in NAMES:
         reasons.append(f"q is {q.dtype}, Hopper's attention takes bfloat16 and float16")
-    if q.shape[-1] != HEAD_DIM:
-        reasons.append(f"the head dim is {q.shape[-1]}, Hopper's attention takes {HEAD_DIM}")
+    if q.shape[-1] not in HEAD_DIMS:
+        taken = " and ".join(map(str, HEAD_DIMS))
+        reasons.append(f"the head dim is {q.shape[-1]}, Hopper's attention takes {taken}")
     if keys > MOST_KEYS:
         reasons.append(f"there are {keys} keys, Hopper's attention takes up to {MOST_KEYS}")
     most = -(-keys // QUERIES) * QUERIES

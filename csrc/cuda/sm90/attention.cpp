@@ -27,9 +27,11 @@ DType check_dtype(const Checks& checks, const char* name, const Tensor& t) {
   return dtype;
 }
 
-void check_sizes(const Checks& checks, const AttentionFwd& p, int64_t dim) {
-  checks.expect(dim == kHeadDim,
-                [&] { return "the head dim is " + std::to_string(dim) + ", expected " + std::to_string(kHeadDim); });
+void check_sizes(const Checks& checks, const AttentionFwd& p) {
+  checks.expect(p.dim == kHeadDims[0] || p.dim == kHeadDims[1], [&] {
+    return "the head dim is " + std::to_string(p.dim) + ", expected " + std::to_string(kHeadDims[0]) + " or " +
+           std::to_string(kHeadDims[1]);
+  });
   checks.expect(p.keys >= 1 && p.keys <= kMostKeys, [&] {
     return "there are " + std::to_string(p.keys) + " keys, expected 1 to " + std::to_string(kMostKeys);
   });
@@ -85,13 +87,13 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double sc
     return "q and k have shapes " + text(q.sizes()) + " and " + text(k.sizes()) + ", expected 4 dimensions";
   });
   AttentionFwd p{};
-  p.batch = q.size(0), p.heads = q.size(1), p.queries = q.size(2), p.keys = k.size(2);
+  p.batch = q.size(0), p.heads = q.size(1), p.queries = q.size(2), p.keys = k.size(2), p.dim = q.size(3);
   p.scale = float(scale);
-  check_sizes(checks, p, q.size(3));
+  check_sizes(checks, p);
   p.q = rows_of(checks, "q", q, q, p.queries);
   p.k = rows_of(checks, "k", k, q, p.keys);
   p.v = rows_of(checks, "v", v, q, p.keys);
-  return run(p, q, dtype, {p.batch, p.queries, p.heads, int64_t(kHeadDim)});
+  return run(p, q, dtype, {p.batch, p.queries, p.heads, p.dim});
 }
 
 // (out (B, N, H * D), lse (B, H, N)) of qkv (B, N, 3 * H * D), read in place
@@ -108,8 +110,9 @@ std::tuple<Tensor, Tensor> attention_packed_fwd(Tensor qkv, int64_t heads, doubl
   p.batch = qkv.size(0), p.heads = heads, p.queries = p.keys = qkv.size(1);
   p.scale = float(scale);
   const int64_t width = qkv.size(2) / 3;
-  check_sizes(checks, p, width / heads);
-  p.q = {qkv.data_ptr(), qkv.stride(1), kHeadDim, qkv.stride(0)};
+  p.dim = width / heads;
+  check_sizes(checks, p);
+  p.q = {qkv.data_ptr(), qkv.stride(1), p.dim, qkv.stride(0)};
   check_rows(checks, "qkv", p.q, p.keys, heads, p.batch);
   p.k = p.v = p.q;
   p.k.data = static_cast<char*>(p.q.data) + 2 * width;

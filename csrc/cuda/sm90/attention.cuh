@@ -29,11 +29,13 @@ constexpr int kGroup = 128;     // threads of a warpgroup
 constexpr int kAttentionThreads = 3 * kGroup;
 
 // What a block holds: for each of STAGES heads q, k and v, rows of 128 bytes, and the barriers around them.
-template <int KEYS>
+template <int KEYS, int DIM>
 struct AttentionTiles {
   static constexpr int kQueries = int(most_queries(KEYS));
-  static constexpr int kKeyBytes = KEYS * kRowBytes;
-  static constexpr int kQueryBytes = kQueries * kRowBytes;
+  static constexpr int kSlices = (DIM + 63) / 64;  // of a tile, 64 columns each: what a row of 128 bytes holds
+  static constexpr int kKeySlice = KEYS * kRowBytes, kQuerySlice = kQueries * kRowBytes;
+  static constexpr int kKeyBytes = kSlices * kKeySlice;
+  static constexpr int kQueryBytes = kSlices * kQuerySlice;
   static constexpr int kParts = KEYS > 256 ? 2 : 1;  // of a tile: a load, as a product, has up to 256 rows
   static constexpr int kStageBytes = kQueryBytes + 2 * kKeyBytes;
   static constexpr int kAlignment = 1024;  // of the swizzle's pattern
@@ -41,8 +43,8 @@ struct AttentionTiles {
   static constexpr int kStages = kLimit / kStageBytes < 4 ? kLimit / kStageBytes : 4;
   static constexpr int kBytes = kAlignment + kStages * kStageBytes + kStages * 4 * int(sizeof(hopper::Barrier));
   // Whether scores of one block and weights of another fit a thread's registers together
-  static constexpr bool kTogether = KEYS <= 208, kStoresLate = KEYS <= 256;
-  static_assert(kStages >= 2 && KEYS % 16 == 0 && KEYS / kParts % 8 == 0);
+  static constexpr bool kTogether = KEYS / 2 + KEYS / 4 + DIM / 2 <= 188, kStoresLate = KEYS / 2 + DIM / 2 <= 160;
+  static_assert(kStages >= 1 && DIM % 16 == 0 && KEYS % 16 == 0 && KEYS / kParts % 8 == 0);
 };
 
 struct AttentionParams {
@@ -55,9 +57,9 @@ struct AttentionParams {
   float scale;
 };
 
-template <int KEYS>
+template <int KEYS, int DIM>
 struct AttentionShared {
-  using Tiles = AttentionTiles<KEYS>;
+  using Tiles = AttentionTiles<KEYS, DIM>;
   char* tiles;
   hopper::Barrier* barriers;
 
@@ -76,12 +78,12 @@ struct AttentionShared {
   __device__ hopper::Barrier& empty_values(int stage) const { return barriers[4 * stage + 3]; }
 };
 
-// The descriptor of a matrix in rows of 128 bytes, swizzled in patterns of 8 rows. The offset between two groups of 64
-// columns (bits 16 to 29) does not count here: no matrix has more.
-__device__ inline uint64_t describe(uint32_t address) {
+// The descriptor of a matrix in rows of 128 bytes, swizzled in patterns of 8 rows; `slice` bytes between two slices of
+// 64 columns, which counts only where a product spans them.
+__device__ inline uint64_t describe(uint32_t address, int slice) {
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
   constexpr uint64_t kEightRows = uint64_t(8 * kRowBytes / 16) << 32;
-  return kSwizzle128 | kEightRows | uint64_t(1) << 16 | uint64_t((address & 0x3ffff) >> 4);
+  return kSwizzle128 | kEightRows | uint64_t(slice / 16) << 16 | uint64_t((address & 0x3ffff) >> 4);
 }
 
 template <typename T>
@@ -95,14 +97,16 @@ __device__ inline uint32_t pack(float low, float high) {
   }
 }
 
-template <int KEYS>
-__device__ inline void load_heads(const AttentionParams& p, const AttentionShared<KEYS>& shared) {
-  using Tiles = AttentionTiles<KEYS>;
+template <int KEYS, int DIM>
+__device__ inline void load_heads(const AttentionParams& p, const AttentionShared<KEYS, DIM>& shared) {
+  using Tiles = AttentionTiles<KEYS, DIM>;
   const int query_rows = p.blocks * kBlockRows / Tiles::kParts, key_rows = KEYS / Tiles::kParts;
-  const auto load = [&](const CUtensorMap& map, hopper::Barrier& full, char* to, int rows, int head, int sample) {
+  const auto load = [&](const CUtensorMap& map, hopper::Barrier& full, char* to, int slice_bytes, int rows, int head,
+                        int sample) {
 #pragma unroll
-    for (int part = 0; part < Tiles::kParts; ++part) {
-      hopper::load_tile(map, full, to + part * rows * kRowBytes, 0, part * rows, head, sample);
+    for (int i = 0; i < Tiles::kSlices * Tiles::kParts; ++i) {
+      const int slice = i / Tiles::kParts, row = i % Tiles::kParts * rows;
+      hopper::load_tile(map, full, to + slice * slice_bytes + row * kRowBytes, 64 * slice, row, head, sample);
     }
   };
   int turn = 0;
@@ -111,21 +115,21 @@ __device__ inline void load_heads(const AttentionParams& p, const AttentionShare
     const int sample = head / p.heads, of_sample = head % p.heads;
     hopper::Barrier &scores = shared.full_scores(stage), &values = shared.full_values(stage);
     shared.empty_scores(stage).wait(parity ^ 1);
-    scores.arrive_and_expect(p.blocks * kBlockRows * kRowBytes + Tiles::kKeyBytes);
-    load(p.q, scores, shared.q(stage), query_rows, of_sample, sample);
-    load(p.k, scores, shared.k(stage), key_rows, of_sample, sample);
+    scores.arrive_and_expect(Tiles::kSlices * p.blocks * kBlockRows * kRowBytes + Tiles::kKeyBytes);
+    load(p.q, scores, shared.q(stage), Tiles::kQuerySlice, query_rows, of_sample, sample);
+    load(p.k, scores, shared.k(stage), Tiles::kKeySlice, key_rows, of_sample, sample);
     shared.empty_values(stage).wait(parity ^ 1);
     values.arrive_and_expect(Tiles::kKeyBytes);
-    load(p.v, values, shared.v(stage), key_rows, of_sample, sample);
+    load(p.v, values, shared.v(stage), Tiles::kKeySlice, key_rows, of_sample, sample);
   }
 }
 
 // A warpgroup's share of a block's work: every other block of queries, counted through all of its heads.
-template <DType DTYPE, int KEYS>
+template <DType DTYPE, int KEYS, int DIM>
 struct AttentionGroup {
   using T = Half<DTYPE>;
-  using Tiles = AttentionTiles<KEYS>;
-  static constexpr int kScores = KEYS / 2, kWeights = KEYS / 4, kOut = kHeadDim / 2;  // registers of a thread
+  using Tiles = AttentionTiles<KEYS, DIM>;
+  static constexpr int kScores = KEYS / 2, kWeights = KEYS / 4, kOut = DIM / 2;  // registers of a thread
 
   struct Place {
     int head;
@@ -135,11 +139,11 @@ struct AttentionGroup {
   };
 
   const AttentionParams& p;
-  const AttentionShared<KEYS> shared;
+  const AttentionShared<KEYS, DIM> shared;
   const int group, thread;  // 0 or 1; 0 to 127
   int mine, others;         // how often each of the two gets its turn
 
-  __device__ AttentionGroup(const AttentionParams& params, const AttentionShared<KEYS>& memory, int number)
+  __device__ AttentionGroup(const AttentionParams& params, const AttentionShared<KEYS, DIM>& memory, int number)
       : p(params), shared(memory), group(number), thread(threadIdx.x % kGroup) {
     const int heads = (p.all_heads - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
     const int all = heads * p.blocks, first = (all + 1) / 2, second = all / 2;
@@ -181,27 +185,30 @@ struct AttentionGroup {
   }
 
   __device__ void begin_scores(float (&scores)[kScores], const Place& at) const {
-    const uint64_t q = describe(hopper::shared_address(shared.q(at.stage())) + at.block * kBlockRows * kRowBytes);
-    const uint64_t k = describe(hopper::shared_address(shared.k(at.stage())));
+    const uint64_t q =
+        describe(hopper::shared_address(shared.q(at.stage())) + at.block * kBlockRows * kRowBytes, Tiles::kQuerySlice);
+    const uint64_t k = describe(hopper::shared_address(shared.k(at.stage())), Tiles::kKeySlice);
 #pragma unroll
-    for (int step = 0; step < kHeadDim / 16; ++step) {
-      constexpr int kStep = 16 * sizeof(T) / 16;  // along a row, in descriptors' units of 16 bytes
+    for (int step = 0; step < DIM / 16; ++step) {  // 16 columns are 32 bytes of a row; descriptors count in 16
+      const int slice = step / 4, along = 2 * (step % 4);
+      const uint64_t of_q = q + slice * Tiles::kQuerySlice / 16 + along,
+                     of_k = k + slice * Tiles::kKeySlice / 16 + along;
       constexpr int kFirst = KEYS < 256 ? KEYS : 256;
-      hopper::multiply<T, kFirst>(scores, q + kStep * step, k + kStep * step, step > 0);
+      hopper::multiply<T, kFirst>(scores, of_q, of_k, step > 0);
       if constexpr (KEYS > kFirst) {
-        const uint64_t rest = k + kFirst * kRowBytes / 16;
-        hopper::multiply<T, KEYS - kFirst>(scores + kFirst / 2, q + kStep * step, rest + kStep * step, step > 0);
+        const uint64_t rest = of_k + kFirst * kRowBytes / 16;
+        hopper::multiply<T, KEYS - kFirst>(scores + kFirst / 2, of_q, rest, step > 0);
       }
     }
     hopper::products_commit();
   }
 
   __device__ void begin_out(float (&out)[kOut], const uint32_t (&weights)[kWeights], const Place& at) const {
-    const uint64_t v = describe(hopper::shared_address(shared.v(at.stage())));
+    const uint64_t v = describe(hopper::shared_address(shared.v(at.stage())), Tiles::kKeySlice);
 #pragma unroll
     for (int step = 0; step < KEYS / 16; ++step) {
       constexpr int kStep = 16 * kRowBytes / 16;  // across 16 rows
-      hopper::multiply<T, kHeadDim>(out, weights + 4 * step, v + kStep * step, step > 0);
+      hopper::multiply<T, DIM>(out, weights + 4 * step, v + kStep * step, step > 0);
     }
     hopper::products_commit();
   }
@@ -261,21 +268,22 @@ struct AttentionGroup {
   __device__ void store_out(const float (&out)[kOut], const float (&inverse)[2], const Place& at) const {
     if (first_row(at) >= p.queries) return;
     const int sample = at.head / p.heads, of_sample = at.head % p.heads;
-    T* rows = static_cast<T*>(p.out) + (int64_t(sample) * p.queries * p.heads + of_sample) * kHeadDim;
+    T* rows = static_cast<T*>(p.out) + (int64_t(sample) * p.queries * p.heads + of_sample) * DIM;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int query = first_row(at) + lane() / 4 + 8 * row;
-      T* to = rows + int64_t(query) * p.heads * kHeadDim + 8 * (thread % 4);
+      T* to = rows + int64_t(query) * p.heads * DIM + 8 * (thread % 4);
 #pragma unroll
-      for (int part = 0; part < kOut / 16; ++part) {
-        uint32_t words[4];
+      for (int part = 0; part < (kOut + 15) / 16; ++part) {
+        uint32_t words[4] = {};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < 4 && 4 * part + i < kOut / 4; ++i) {
           const float* pair = out + 16 * part + 4 * i + 2 * row;
           words[i] = pack<T>(pair[0] * inverse[row], pair[1] * inverse[row]);
         }
         gather_columns(words);
-        if (query < p.queries) store_16_bytes(to + 32 * part, words);
+        const bool inside = 32 * (part + 1) <= DIM || 32 * part + 8 * (thread % 4) < DIM;
+        if (inside && query < p.queries) store_16_bytes(to + 32 * part, words);
       }
     }
   }
@@ -368,8 +376,8 @@ template <DType DTYPE, int KEYS, int DIM, int SHARED>
 __global__ void __launch_bounds__(kAttentionThreads, 1)
     attention_fwd_kernel(const __grid_constant__ AttentionParams p) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Tiles = AttentionTiles<KEYS>;
-  const AttentionShared<KEYS> shared;
+  using Tiles = AttentionTiles<KEYS, DIM>;
+  const AttentionShared<KEYS, DIM> shared;
   if (threadIdx.x == 0) {
     const int users = min(p.blocks, 2) * (kGroup / kWarp);  // warps that give a stage back
     for (int stage = 0; stage < Tiles::kStages; ++stage) {
@@ -389,36 +397,36 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
       hopper::prefetch_map(p.k);
       hopper::prefetch_map(p.v);
       await_previous();
-      load_heads<KEYS>(p, shared);
+      load_heads(p, shared);
       allow_next();
     }
   } else {
     hopper::take_registers<240>();
-    const AttentionGroup<DTYPE, KEYS> group(p, shared, part - 1);
+    const AttentionGroup<DTYPE, KEYS, DIM> group(p, shared, part - 1);
     if (group.has_work()) group.run();
   }
 #endif
 }
 
-// Rows past `tokens` come in as zeros; of the 64 columns all are there.
-inline bool encode_heads(CUtensorMap& map, DType dtype, const HeadRows& t, int64_t tokens, int64_t heads, int64_t batch,
+// Loads of 64 columns and `rows` rows of a head. Rows past `tokens` come in as zeros, and columns past `dim`.
+inline bool encode_heads(CUtensorMap& map, DType dtype, const HeadRows& t, const AttentionFwd& p, int64_t tokens,
                          int rows) {
   const hopper::EncodeTiled encode = hopper::encode_tiled();
   if (encode == nullptr) return false;
-  const cuuint64_t sizes[4] = {cuuint64_t(kHeadDim), cuuint64_t(tokens), cuuint64_t(heads), cuuint64_t(batch)};
+  const cuuint64_t sizes[4] = {cuuint64_t(p.dim), cuuint64_t(tokens), cuuint64_t(p.heads), cuuint64_t(p.batch)};
   // the stride of a dimension of one may be anything, but not to the driver
   const auto bytes = [](int64_t size, int64_t stride) { return cuuint64_t(size == 1 ? kRowBytes : 2 * stride); };
-  const cuuint64_t strides[3] = {bytes(tokens, t.token), bytes(heads, t.head), bytes(batch, t.sample)};
-  const cuuint32_t box[4] = {cuuint32_t(kHeadDim), cuuint32_t(rows), 1, 1}, steps[4] = {1, 1, 1, 1};
+  const cuuint64_t strides[3] = {bytes(tokens, t.token), bytes(p.heads, t.head), bytes(p.batch, t.sample)};
+  const cuuint32_t box[4] = {64, cuuint32_t(rows), 1, 1}, steps[4] = {1, 1, 1, 1};
   const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   return encode(&map, type, 4, t.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-template <DType DTYPE, int KEYS>
+template <DType DTYPE, int KEYS, int DIM>
 cudaError_t launch_attention_fwd(const AttentionFwd& p, cudaStream_t stream) {
-  using Tiles = AttentionTiles<KEYS>;
+  using Tiles = AttentionTiles<KEYS, DIM>;
   if (p.queries > Tiles::kQueries) return cudaErrorInvalidValue;
   AttentionParams params{};
   params.out = p.out;
@@ -427,13 +435,12 @@ cudaError_t launch_attention_fwd(const AttentionFwd& p, cudaStream_t stream) {
   params.heads = int(p.heads), params.queries = int(p.queries), params.keys = int(p.keys);
   params.blocks = int(ceil_div(p.queries, kBlockRows));
   params.scale = p.scale;
-  const bool known =
-      encode_heads(params.q, DTYPE, p.q, p.queries, p.heads, p.batch, params.blocks * kBlockRows / Tiles::kParts) &&
-      encode_heads(params.k, DTYPE, p.k, p.keys, p.heads, p.batch, KEYS / Tiles::kParts) &&
-      encode_heads(params.v, DTYPE, p.v, p.keys, p.heads, p.batch, KEYS / Tiles::kParts);
+  const bool known = encode_heads(params.q, DTYPE, p.q, p, p.queries, params.blocks * kBlockRows / Tiles::kParts) &&
+                     encode_heads(params.k, DTYPE, p.k, p, p.keys, KEYS / Tiles::kParts) &&
+                     encode_heads(params.v, DTYPE, p.v, p, p.keys, KEYS / Tiles::kParts);
   if (!known) return cudaErrorInvalidValue;
   const int blocks = std::min(params.all_heads, multiprocessors(p.device));
-  return hopper::launch(&attention_fwd_kernel<DTYPE, KEYS, kHeadDim, Tiles::kBytes>, blocks, kAttentionThreads,
+  return hopper::launch(&attention_fwd_kernel<DTYPE, KEYS, DIM, Tiles::kBytes>, blocks, kAttentionThreads,
                         Tiles::kBytes, params, stream);
 }
 
@@ -442,8 +449,10 @@ cudaError_t launch_attention_fwd_of(const AttentionFwd& p, cudaStream_t stream) 
   if constexpr (INDEX == kWidths) {
     return cudaErrorInvalidValue;
   } else {
-    if (p.keys <= kKeys[INDEX]) return launch_attention_fwd<DTYPE, kKeys[INDEX]>(p, stream);
-    return launch_attention_fwd_of<DTYPE, INDEX + 1>(p, stream);
+    if (p.keys > kKeys[INDEX]) return launch_attention_fwd_of<DTYPE, INDEX + 1>(p, stream);
+    if (p.dim == kHeadDims[0]) return launch_attention_fwd<DTYPE, kKeys[INDEX], kHeadDims[0]>(p, stream);
+    if (p.dim == kHeadDims[1]) return launch_attention_fwd<DTYPE, kKeys[INDEX], kHeadDims[1]>(p, stream);
+    return cudaErrorInvalidValue;
   }
 }
 

@@ -5,7 +5,7 @@
 
 namespace fastvit::sm90 {
 
-constexpr int kHeadDim = 64;
+constexpr int kHeadDims[] = {64, 80};
 constexpr int kBlockRows = 64;  // queries of a product
 
 // Numbers of keys that have a kernel: all keys of a head stay on the chip, and scores are computed for all of these
@@ -24,12 +24,12 @@ struct HeadRows {
 };
 
 // out = softmax(scale q k^T) v, lse = log(sum(exp(scale q k^T))) with 1 to kMostKeys keys, 1 to most_queries(keys)
-// queries, and fewer than 2^31 heads in all
+// queries, fewer than 2^31 heads in all, and a head dim of kHeadDims
 struct AttentionFwd {
   HeadRows q, k, v;
   void* out;   // (B, Nq, H, D) contiguous
   float* lse;  // (B, H, Nq)
-  int64_t batch, heads, queries, keys;
+  int64_t batch, heads, queries, keys, dim;
   float scale;
   int device;
 };
