@@ -22,7 +22,7 @@ CUDA, TESTS = ROOT / "csrc" / "cuda", ROOT / "tests"
 # The passes, with the glue of Hopper's products and loops that stand in for the products themselves
 PASSES = [*(path for path in CUDA.iterdir() if path.is_file()), CUDA / "sm90" / "ops.cpp", TESTS / "sm90_on_cpu.cpp"]
 # Hopper's attention as it is, on what Hopper's instructions do
-ATTENTION = [*sorted((CUDA / "sm90").glob("attention*")), TESTS / "hopper_on_cpu.h", TESTS / "hopper_layouts.h"]
+ATTENTION = [*sorted((CUDA / "sm90").glob("attention*")), *sorted(TESTS.glob("hopper_*.h"))]
 GLUE = ("runtime.cpp", "layernorm_mlp.cpp", "ops.cpp", "attention.cpp")
 STANDS_FOR = {"hopper_on_cpu.h": "hopper.cuh"}
 MULTIPROCESSORS = 2
@@ -89,7 +89,7 @@ def library():
 
 @functools.cache
 def attention():
-    """``attention_fwd`` and ``attention_packed_fwd``, built once a process. See hopper_on_cpu.h."""
+    """``attention_fwd`` and ``attention_packed_fwd``, built once a process. See hopper_model.h."""
     return _library(ATTENTION, "cuda/sm90")
 
 

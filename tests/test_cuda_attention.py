@@ -1,7 +1,7 @@
 """Hopper's attention (csrc/cuda/sm90/attention.cuh) against float64.
 
 Where torch.cuda.is_available() on compute capability 9.0 the kernel runs; everywhere else its own source runs on a
-model of Hopper's instructions (hopper_on_cpu.h), in orders from as late to as early as a GPU may take them.
+model of Hopper's instructions (hopper_model.h), in orders from as late to as early as a GPU may take them.
 """
 
 import importlib.util
@@ -29,6 +29,14 @@ LENGTHS = [1, 5, 64, 65, 128, 129, 197, 208, 256, 257, 272]
 )
 def device(request):
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan():
+    """What the kernel leaves out shows, instead of what an earlier test has left there."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["cpu"])
