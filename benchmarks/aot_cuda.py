@@ -4,7 +4,8 @@ python benchmarks/aot_cuda.py [--arch 90a] [--json] [name ...]      exits 1 when
 
 Read from the built library (fastvit/_cuda.stable.so) where it is newer than its sources; its kernels for Hopper take
 minutes to compile. Otherwise, for single files and for the other architectures (86, 89, 120), the .cu files of
-csrc/cuda are compiled, without Hopper's products. A pass of 8 elements a thread has to load and store 16 bytes.
+csrc/cuda are compiled, without Hopper's products; by name also Hopper's attention (attention_bf16, attention_fp16). A
+pass of 8 elements a thread has to load and store 16 bytes. Products of attention must not wait for each other.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ HOPPER_SHARED_LIMIT = 227 * 1024
 # The kernels that take 8 elements a thread; the others read and write one
 VECTOR_KERNEL = re.compile(r"pass_kernel<8,|layer_scale_bwd_kernel<\w+, 8>|layernorm_(fwd|bwd)_kernel<")
 # What launch_overlapping and sm90's launch start while the kernel before is still running; see csrc/cuda/common.cuh
-OVERLAPPING = re.compile(r"layernorm_fwd_kernel<|device_kernel<sm90::")
+OVERLAPPING = re.compile(r"layernorm_fwd_kernel<|device_kernel<sm90::|attention_fwd_kernel<")
 DTYPES, TILES = ("fp32", "fp16", "bf16"), ("large", "small")
 # A product's name: op, dtype, the tile where there are two, the residual stream's dtype and the shared memory it asks
 # for; see csrc/cuda/sm90
 PRODUCT = re.compile(
     r"device_kernel<sm90::(\w+)Kernel<\(DType\)(\d), (?:\(sm90::Tile\)(\d), )?(?:\(DType\)(\d), )?(\d+)>"
 )
+
+# Dtype, keys, head dim, shared memory
+ATTENTION = re.compile(r"sm90::attention_fwd_kernel<\(DType\)(\d), (\d+), (\d+), (\d+)>")
 
 
 def find_nvcc() -> str | None:
@@ -96,6 +100,7 @@ def count_instructions(sass: str) -> dict[str, dict]:
         row["waits"] = body.count("ACQBULK")
         if "HGMMA" in body:
             row |= {"wgmmas": body.count("HGMMA"), "matrix": "wgmma.mma_async"}
+            row["wgmma_waits"] = body.count("WARPGROUP.DEPBAR")
         found[name] = row
     return found
 
@@ -126,16 +131,38 @@ def name_product(row: dict) -> dict:
     op = re.sub(r"(?<!^)(?=[A-Z])", "_", match[1]).lower()
     dtype, stream = DTYPES[int(match[2])], DTYPES[int(match[4] or match[2])]
     tile = [TILES[int(match[3])]] if match[3] else []
-    row |= {
-        "kernel": " ".join([op, dtype, *tile]) + (f" {stream} stream" if stream != dtype else ""),
-        "module": "sm90",
-        "shared": int(match[5]),
-    }
+    name = " ".join([op, dtype, *tile]) + (f" {stream} stream" if stream != dtype else "")
+    return check_hopper(row | {"kernel": name, "shared": int(match[5])})
+
+
+def name_attention(row: dict) -> dict:
+    """A row of Hopper's attention by its dtype, keys and head dim, with all of its shared memory."""
+    match = ATTENTION.search(row["kernel"])
+    if not match:
+        return row
+    name = f"attention_fwd {DTYPES[int(match[1])]} n{match[2]} d{match[3]}"
+    row = check_hopper(row | {"kernel": name, "shared": int(match[4])})
+    if row.get("wgmmas", 0) and row["wgmma_waits"] * 4 > row["wgmmas"]:  # else the compiler has put waits between them
+        row["problems"] = [*row["problems"], f"{row['wgmma_waits']} waits for {row['wgmmas']} products"]
+    return row
+
+
+def check_hopper(row: dict) -> dict:
+    row["module"] = "sm90"
     if not row.get("wgmmas"):
         row["problems"] = [*row["problems"], "no wgmma"]
     if row["shared"] > HOPPER_SHARED_LIMIT:
         row["problems"] = [*row["problems"], f"shared memory {row['shared']} above {HOPPER_SHARED_LIMIT}"]
     return row
+
+
+def hopper_flags() -> list[str]:
+    """As setup.py compiles csrc/cuda/sm90."""
+    spec = importlib.util.find_spec("cutlass_library")
+    places = [os.environ["CUTLASS_PATH"]] if os.environ.get("CUTLASS_PATH") else []
+    places += [f"{place}/source" for place in (spec.submodule_search_locations if spec else None) or []]
+    flags = ["--expt-relaxed-constexpr", "-DNDEBUG", "-DCUTLASS_ENABLE_GDC_FOR_SM90"]
+    return [*flags, *(f"-isystem={place}/include" for place in places[:1])]
 
 
 def compile_source(source: Path, arch: str) -> list[dict]:
@@ -144,6 +171,7 @@ def compile_source(source: Path, arch: str) -> list[dict]:
         cubin = f"{work}/kernels.cubin"
         target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", cubin]
         flags = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas=-v"]
+        flags += hopper_flags() if source.parent.name == "sm90" else []
         done = subprocess.run([find_nvcc() or "nvcc", *flags, *target, str(source)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"aot: {source.name} does not compile for sm_{arch}\n{done.stderr}")
@@ -207,8 +235,11 @@ def rows(names: Iterable[str] = (), arches: Iterable[str] = ARCHES) -> list[dict
         print("aot: skipping the CUDA kernels: nvcc is not on the PATH, nor under CUDA_HOME", file=sys.stderr)
         return []
     wanted = set(names)
-    sources = [path for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if not wanted or path.stem in wanted]
+    folder = ROOT / "csrc" / "cuda"
+    sources = [path for path in sorted(folder.glob("*.cu")) if not wanted or path.stem in wanted]
     jobs = [(source, arch) for source in sources for arch in arches]
+    hopper = [path for path in sorted((folder / "sm90").glob("attention_*.cu")) if path.stem in wanted]
+    jobs += [(source, arch) for source in hopper for arch in arches if arch == "90a"]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
         found = [row for part in pool.map(lambda job: compile_source(*job), jobs) for row in part]
     if not names and not is_fresh(LIBRARY):
@@ -219,7 +250,7 @@ def rows(names: Iterable[str] = (), arches: Iterable[str] = ARCHES) -> list[dict
 def named(found: list[dict]) -> list[dict]:
     for row, name in zip(found, demangle(row["kernel"] for row in found), strict=True):
         early = check_wait(row | {"kernel": name})
-        row |= name_product(row | {"kernel": name})
+        row |= name_attention(name_product(row | {"kernel": name}))
         row["problems"] = [*row["problems"], *early, *check_width(row)]
         row["kernel"] = f"{row['module']}: {row['kernel']}"
     return found

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastvit import _extension
+from fastvit import _extension, ops, reference, use_backend
 from fastvit.bench.timing import Candidate, interleave, percentile, ratio_by_round
 from fastvit.ops import _sm90, _tiles
 
@@ -96,6 +96,7 @@ class Calibration:
             with torch.no_grad():
                 self.passes()
                 self.products()
+                self.attentions()
 
     def copy(self) -> None:
         source, target = self.randn(self.copy_elements), self.randn(self.copy_elements)
@@ -171,6 +172,33 @@ class Calibration:
                     ),
                     bytes_moved=narrow + wide * (2 if dresidual is None else 3),
                 )
+
+    def attentions(self) -> None:
+        """Forward on a packed projection: PyTorch's, Triton's and Hopper's, in turns."""
+        if _sm90.why_not_built():
+            return
+        for tokens in (197, 50, 256):
+            qkv = self.randn(self.batch, tokens, 3 * 768)
+            q, k, v = reference.unpack_qkv(qkv, 12)
+
+            def stock(_: Any, backend: SDPBackend, given: tuple[Tensor, ...] = (q, k, v)) -> Tensor:
+                with sdpa_kernel(backend):
+                    return F.scaled_dot_product_attention(*given)
+
+            def ours(_: Any, backend: str, qkv: Tensor = qkv) -> Tensor:
+                with use_backend(attention_packed=backend):
+                    return ops.attention_packed(qkv, 12)
+
+            sdpa = [
+                Candidate(f"attention-{tokens}-{name}", functools.partial(stock, backend=backend))
+                for name, backend in ATTENTIONS.items()
+            ]
+            fused = [
+                Candidate(f"attention-{tokens}-{backend}", functools.partial(ours, backend=backend))
+                for backend in ("triton", "cuda")
+            ]
+            size = 2.0 * q.numel()
+            self.compare([*sdpa, *fused], 4.0 * size / 2 * tokens, 4 * size)
 
     def products(self) -> None:
         """fc1 + bias + GELU, fc2 + bias + residual and fc2's gradient through GELU: stock calls, and ours by tile."""

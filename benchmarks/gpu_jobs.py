@@ -33,6 +33,14 @@ def plan(rehearse: bool = False) -> list[Job]:
         Job("batch-1", 30, {"models": BASE, "mode": "infer", "batch": 1, "providers": graphs, "rounds": 15}),
         Job("ops-fwd", 40, {"ops": OPS, "mode": "fwd"}),
         Job("ops-bwd", 50, {"ops": OPS, "mode": "bwd"}),
+        Job(
+            "attention",
+            25,
+            {"ops": OPS[:1], "mode": "fwd", "providers": ["fastvit", "fastvit-cuda-attention", "eager"]},
+        ),
+        Job(
+            "infer-attention", 30, {"models": BASE, "mode": "infer", "providers": ["fastvit", "fastvit-cuda-attention"]}
+        ),
         Job("infer-compile", 120, {"models": BASE, "mode": "infer", "providers": compiled}),
         Job("large-infer", 30, {"models": LARGE, "mode": "infer"}),
         Job("large-train", 40, {"models": LARGE, "mode": "train", "batch": 128}),

@@ -41,6 +41,7 @@ def cases(part: str, device: str) -> Iterator[tuple[str, Callable[[], object]]]:
                     yield f"{op} {shape.embed_dim} autocast", functools.partial(autocast, run, device)
     if part == "cuda" and device == "cuda" and not _sm90.why_not_built():
         yield from products()
+        yield from attentions()
 
 
 def autocast(run: Callable[[], object], device: str) -> None:
@@ -69,6 +70,16 @@ def products() -> Iterator[tuple[str, Callable[[], object]]]:
             f"linear_act_grad {name}",
             functools.partial(ops.linear_act_grad, x, back, h, "gelu", True, torch.float32),
         )
+
+
+def attentions() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Hopper's attention: every number of query blocks in a head, ragged, and more heads than multiprocessors."""
+    ops = torch.ops.fastvit_cuda
+    for dtype in (torch.bfloat16, torch.float16):
+        sizes = [(2, tokens, dim) for tokens in (5, 65, 129, 256, 257) for dim in _sm90.HEAD_DIMS]
+        for batch, tokens, dim in [*sizes, (100, 197, 64)]:
+            qkv = torch.randn(batch, tokens, 3 * 3 * dim, device="cuda", dtype=dtype)
+            yield f"attention {dtype} {tokens} {dim}", functools.partial(ops.attention_packed_fwd, qkv, 3, 0.125)
 
 
 def main() -> int:

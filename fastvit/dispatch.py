@@ -1,8 +1,9 @@
 """Choose an implementation for each op, and be able to say why.
 
 Three separate things: *support* (``Backend.why_not`` returns every reason it cannot run these arguments), *preference*
-(the order of ``Op.backends``) and the user's *choice* (``use_backend``, ``FASTVIT_BACKEND``). A chosen backend runs or
-raises ``Unsupported`` with its reasons; only "auto" moves on to the next one, and says so once.
+(the order of ``Op.backends``, without those that are ``only_by_name``) and the user's *choice* (``use_backend``,
+``FASTVIT_BACKEND``). A chosen backend runs or raises ``Unsupported`` with its reasons; only "auto" moves on to the next
+one, and says so once.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Backend:
     why_not: Callable[..., list[str]] = runs_anything
     device_types: tuple[str, ...] = ()
     """Device types it is the preferred choice on; elsewhere its refusal is no news and is not warned about."""
+    only_by_name: str = ""
+    """Why "auto" passes it by even where it can run; empty where it does not."""
 
 
 class Op:
@@ -100,6 +103,8 @@ class Op:
         if chosen != "auto":
             return self._chosen(chosen, first, *args, **kwargs)
         for backend in self.backends.values():
+            if backend.only_by_name:
+                continue
             reasons = backend.why_not(first, *args, **kwargs)
             if not reasons:
                 return backend
@@ -108,8 +113,15 @@ class Op:
         raise Unsupported(self.name, "auto", ["no backend is left"])
 
     def explain(self, *args: Any, **kwargs: Any) -> dict[str, list[str]]:
-        """For each backend, every reason it cannot run this call; an empty list means that it can."""
-        return {name: backend.why_not(*args, **kwargs) for name, backend in self.backends.items()}
+        """For each backend, every reason it cannot run this call, or is not asked to; an empty list: it can."""
+        return {
+            name: backend.why_not(*args, **kwargs) + self._passed_by(backend) for name, backend in self.backends.items()
+        }
+
+    def _passed_by(self, backend: Backend) -> list[str]:
+        if not backend.only_by_name or self.choice == backend.name:
+            return []
+        return [f"it runs only by name, as with use_backend({self.name}={backend.name!r}): {backend.only_by_name}"]
 
     def _chosen(self, name: str, *args: Any, **kwargs: Any) -> Backend:
         if name not in self.backends:

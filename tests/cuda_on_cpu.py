@@ -18,10 +18,14 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "fastvit_cuda_on_cpu"
-# The glue of Hopper's products, and loops that stand in for the products themselves
-SM90 = [ROOT / "csrc" / "cuda" / "sm90" / name for name in ("ops.cpp", "block.cpp")]
-SM90 += [ROOT / "tests" / "sm90_on_cpu.cpp"]
-PLAIN = ("runtime.cpp", "layernorm_mlp.cpp", "ops.cpp", "block.cpp")  # C++ without a word of CUDA's
+CUDA, TESTS = ROOT / "csrc" / "cuda", ROOT / "tests"
+# The passes, with the glue of Hopper's products and loops that stand in for the products themselves
+PASSES = [*(path for path in CUDA.iterdir() if path.is_file()), TESTS / "sm90_on_cpu.cpp"]
+PASSES += [CUDA / "sm90" / name for name in ("ops.cpp", "block.cpp")]
+# Hopper's attention as it is, on what Hopper's instructions do
+ATTENTION = [*sorted((CUDA / "sm90").glob("attention*")), *sorted(TESTS.glob("hopper_*.h"))]
+GLUE = ("runtime.cpp", "layernorm_mlp.cpp", "ops.cpp", "block.cpp", "attention.cpp")
+STANDS_FOR = {"hopper_on_cpu.h": "hopper.cuh"}
 MULTIPROCESSORS = 2
 
 FAILURE = "FASTVIT_CUDA_ON_CPU_FAILS"  # the number of an error: what every launch then ends in
@@ -42,6 +46,7 @@ const char* cudaGetErrorString(cudaError_t error) {{
   switch (error) {{
     case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
     case cudaErrorLaunchOutOfResources: return "too many resources requested for launch";
+    case cudaErrorAssert: return "what the kernel does is not allowed on a GPU, see stderr";
     default: return "error";
   }}
 }}
@@ -93,29 +98,45 @@ def translate(source: str) -> str:
 @functools.cache
 def library():
     """The ops, built once a process."""
+    return _library(PASSES, "cuda")
+
+
+@functools.cache
+def attention():
+    """``attention_fwd`` and ``attention_packed_fwd``, built once a process. See hopper_model.h."""
+    return _library(ATTENTION, "cuda/sm90")
+
+
+def compile_program(name: str, program: Path, *includes: Path) -> None:
+    """A program of this folder, with nvcc's headers and more."""
+    flags = ["-std=c++20", "-O0", *(f"-I{path}" for path in (TESTS, *includes))]
+    run(["nvcc", "-x", "c++", *flags, "-Xcompiler=-fpermissive,-w", str(TESTS / name), "-o", str(program)])
+
+
+def _library(files: list[Path], folder: str):
     work = Path(tempfile.mkdtemp(prefix="cuda-on-cpu-"))
     try:
-        _build(work)
+        _build(work, files, work / folder)
         torch.ops.load_library(str(work / "library.so"))
     finally:
         shutil.rmtree(work)
     return getattr(torch.ops, NAME)
 
 
-def _build(work: Path) -> None:
-    (work / "cuda" / "sm90").mkdir(parents=True)
+def _build(work: Path, files: list[Path], folder: Path) -> None:
+    folder.mkdir(parents=True)
     (work / "runtime.cpp").write_text(RUNTIME)
-    for path in [*(path for path in (ROOT / "csrc" / "cuda").iterdir() if path.is_file()), *SM90]:
-        name = f"{path.name}.cpp" if path.suffix == ".cu" else path.name
-        (work / "cuda" / name).write_text(translate(path.read_text()))
+    for path in files:
+        name = f"{path.name}.cpp" if path.suffix == ".cu" else STANDS_FOR.get(path.name, path.name)
+        (folder / name).write_text(translate(path.read_text()))
     includes = [f"-I{work}", f"-I{ROOT / 'csrc'}", *(f"-I{path}" for path in include_paths())]
     defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     host = "-fPIC,-fpermissive,-w,-include," + str(ROOT / "tests" / "cuda_on_cpu.h")
     base = ["nvcc", "-x", "c++", "-std=c++20", "-O1", *includes, *defines]
     objects = []
-    for source in [work / "runtime.cpp", *sorted((work / "cuda").glob("*.cpp"))]:
+    for source in [work / "runtime.cpp", *sorted(folder.glob("*.cpp"))]:
         objects.append(str(work / f"{source.name}.o"))
-        flags = [] if source.name in PLAIN else [f"-Xcompiler={host}"]
+        flags = [] if source.name in GLUE else [f"-Xcompiler={host}"]
         run([*base, "-Xcompiler=-fPIC", *flags, "-c", str(source), "-o", objects[-1]])
     libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
     run(["c++", "-shared", "-Wl,-Bsymbolic", *objects, *libraries, "-o", str(work / "library.so")])

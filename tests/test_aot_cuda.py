@@ -101,6 +101,21 @@ def test_products_by_their_names(aot, monkeypatch):
     assert named(197120, wgmmas=0)["problems"] == ["no wgmma"]
 
 
+def test_attention_by_its_name(aot, monkeypatch):
+    """Products that the compiler lets wait for each other are a problem."""
+    name = "void fastvit::sm90::attention_fwd_kernel<(fastvit::DType)2, 208, 64, 173120>"
+    row = {"kernel": "attention", "module": "cuda", "arch": 90, "shared": 0, "problems": []}
+    monkeypatch.setattr(aot.shutil, "which", lambda tool, **_: tool)
+    done = subprocess.CompletedProcess([], 0, stdout=name + "\n")
+    monkeypatch.setattr(aot.subprocess, "run", lambda *_, **__: done)
+    for waits, problems in ((4, []), (34, ["34 waits for 34 products"])):
+        (found,) = aot.named([row | {"wgmmas": 34, "wgmma_waits": waits}])
+        assert (found["kernel"], found["shared"]) == ("sm90: attention_fwd bf16 n208 d64", 173120)
+        assert found["problems"] == problems
+    (found,) = aot.named([row])
+    assert found["problems"] == ["no wgmma"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and would be timed")
 def test_tuning_without_a_gpu_says_so():
     done = subprocess.run([sys.executable, "benchmarks/tune_mlp.py"], cwd=ROOT, capture_output=True, text=True)

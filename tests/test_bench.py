@@ -90,6 +90,17 @@ def test_rows_of_a_model_have_the_committed_form():
     assert result["rows"][0]["images_per_s"] == pytest.approx(1000 / result["rows"][0]["p50_ms"])
 
 
+def test_attention_of_another_backend_is_a_provider():
+    """On a CPU it is missing, which is no fault of its results."""
+    case = {"providers": ["fastvit-cuda-attention"], "batch": 1, "rounds": 1, "device": "cpu", "shape": "tiny"}
+    for what in ({"ops": ["attention_packed"]}, {"models": ["vit_tiny_patch16_224"]}):
+        (refused,) = bench.run(**case, **what)["refused"]
+        assert refused["missing"]
+        assert "attention_packed: backend 'cuda' cannot run this call" in refused["reason"]
+    (refused,) = bench.run(**case, ops=["patch_embed"])["refused"]
+    assert refused["reason"] == "fastvit-cuda-attention is for attention_packed and models"
+
+
 @pytest.mark.parametrize("provider", ["onnxruntime", "openvino"])
 def test_a_peer_that_is_not_installed_is_reported(monkeypatch, provider):
     monkeypatch.setattr(bench.runtimes.importlib.util, "find_spec", lambda name: None)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastvit
+from fastvit import dispatch
 from fastvit.ops import _sm90
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,6 +105,39 @@ def test_calibration_of_the_kernels(gpu, monkeypatch):
         assert rows[f"fc1-gelu-{tile}"]["ratio"] > 0
         assert rows[f"fc2-residual-fp32-stream-{tile}"]["unavailable"] == "linear_residual: out of luck"
     assert rows["fc2-residual-stock"]["tflops"] > 0
+    json.dumps(calibration.rows)
+
+
+def test_what_auto_passes_by_is_in_the_certificate_where_it_runs(gpu, monkeypatch):
+    import gpu_parity
+
+    named = {f"{name}/{dtype}" for name in gpu_parity.BY_NAME for dtype in ("bfloat16", "float16")}
+    assert not named & set(gpu_parity.parts(False))
+    monkeypatch.setattr(gpu_parity.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_parity._sm90, "why_not_built", lambda *_: [])
+    assert named <= set(gpu_parity.parts(False))
+    asked = []
+    monkeypatch.setattr(
+        gpu_parity, "op_rows", lambda *given: asked.append((given, dispatch.OPS[given[0]].choice)) or []
+    )
+    gpu_parity.measure("attention_packed=cuda/float16", True)
+    assert {choice for _, choice in asked} == {"cuda"}
+    assert {shape.tokens for (_, shape, *_), _ in asked} >= {5, 65, 197, 256}
+    assert {shape.head_dim for (_, shape, *_), _ in asked} == {64, 80}
+
+
+def test_attention_in_the_calibration(gpu, monkeypatch):
+    """Stock attentions and ours by name, in turns; what does not run here says so."""
+    import gpu_calibrate
+
+    calibration = gpu_calibrate.Calibration(torch.device("cpu"), rehearse=True)
+    calibration.attentions()
+    assert calibration.rows == []
+    monkeypatch.setattr(gpu_calibrate._sm90, "why_not_built", lambda *_: [])
+    with torch.no_grad():
+        calibration.attentions()
+    names = {row["name"] for row in calibration.rows}
+    assert names >= {f"attention-{tokens}-{name}" for tokens in (197, 50, 256) for name in ("cudnn", "triton", "cuda")}
     json.dumps(calibration.rows)
 
 

@@ -61,7 +61,9 @@ class OpCase:
             raise Refused(f"{name} is for models")
         if provider.graph and (self.device.type != "cuda" or self.mode != "fwd"):
             raise Refused("a CUDA graph is replayed for fwd on a GPU only")
-        backend = self._backend() if provider.ours else "torch"
+        if provider.attention and self.op != "attention_packed":
+            raise Refused(f"{name} is for attention_packed and models")
+        backend = provider.attention or (self._backend() if provider.ours else "torch")
         fn = getattr(ops if provider.ours else stock, self.op)
         if provider.compiled:
             fn = torch.compile(fn, **compile_options(self.device, whole_model=False, training=self.mode != "fwd"))
@@ -75,7 +77,7 @@ class OpCase:
 
     def _backend(self) -> str:
         """The first of the op's backends that takes these inputs, kernels before plain PyTorch."""
-        for backend in OPS[self.op].backends:
+        for backend in (name for name, backend in OPS[self.op].backends.items() if not backend.only_by_name):
             with contextlib.suppress(Unsupported), use_backend(backend), torch.no_grad():
                 getattr(ops, self.op)(**self.inputs)
                 return backend

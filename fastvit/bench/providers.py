@@ -22,6 +22,7 @@ class Provider:
     autocast: bool = False  # float32 parameters under autocast
     runtime: str = ""  # another inference runtime, see runtimes.py
     memory: str = "default"  # of ours: what a block keeps for its backward, see fastvit.accelerate
+    attention: str = ""  # of ours: the backend of attention_packed, where it is not the one that is chosen
 
 
 PROVIDERS = {
@@ -34,6 +35,7 @@ PROVIDERS = {
     "fastvit-autocast": Provider(ours=True, autocast=True),
     "eager-autocast": Provider(ours=False, autocast=True),
     "fastvit-lean": Provider(ours=True, memory="lean"),
+    "fastvit-cuda-attention": Provider(ours=True, attention="cuda"),
     "onnxruntime": Provider(ours=False, runtime="onnxruntime"),
     "openvino": Provider(ours=False, runtime="openvino"),
 }
@@ -53,6 +55,8 @@ def running(provider: Provider, backend: str, device: torch.device, dtype: torch
     with contextlib.ExitStack() as stack:
         if provider.ours:
             stack.enter_context(use_backend(backend))
+            if provider.attention:
+                stack.enter_context(use_backend(attention_packed=provider.attention))
         else:
             stack.enter_context(best_attention(device, dtype))
         if provider.autocast:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..dispatch import Unsupported
 from ..parity import machine
 from ..testing import VIT_SHAPES
 from . import op_case
@@ -87,9 +88,9 @@ def _measure(
     for provider in providers:
         try:
             ready.append(_ready(case, provider))
-        except Refused as refusal:
+        except (Refused, Unsupported) as refusal:
             entry = label | {"provider": provider, "reason": str(refusal)}
-            result["refused"].append(entry | {"missing": isinstance(refusal, Missing)})
+            result["refused"].append(entry | {"missing": isinstance(refusal, (Missing, Unsupported))})
     times = interleave(ready, rounds, case.device)
     eager = next((t for c, t in zip(ready, times, strict=True) if c.provider == "eager"), None)
     best = _best_peer(ready, times)

@@ -1,4 +1,6 @@
-"""Which products Hopper's own kernels take, and why not; the others are cuBLAS's with the passes of csrc/cuda.
+"""Which products and attentions Hopper's own kernels take, and why not.
+
+Other products are cuBLAS's with the passes of csrc/cuda, other attentions Triton's.
 
 ``torch.ops.fastvit_cuda.linear_act``, ``linear_residual`` and ``linear_act_grad`` (csrc/cuda/sm90) multiply and do
 what follows in one kernel. They are compiled where setup.py found CUTLASS, and run on compute capability 9.0.
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from . import _tiles
 
+MOST_KEYS, HEAD_DIMS, QUERIES = 272, (64, 80), 64  # of attention, see csrc/cuda/sm90/attention.h
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -35,6 +38,31 @@ def why_not_built(ops: Any = torch.ops.fastvit_cuda, index: int | None = None) -
     if capability != (9, 0):
         return [f"the device has compute capability {capability[0]}.{capability[1]}, Hopper's products need 9.0"]
     return []
+
+
+def why_not_attention(q: Tensor, keys: int, ops: Any = torch.ops.fastvit_cuda) -> list[str]:
+    """Reasons against Hopper's attention of q (B, H, Nq, D) with this many keys. It takes any strides, or a copy."""
+    reasons = why_not_built(ops, q.device.index or 0)
+    if not reasons and not hasattr(ops, "attention_packed_fwd"):
+        reasons.append("Hopper's attention is not in the CUDA library, which is older than the package")
+    if q.dtype not in NAMES:
+        reasons.append(f"q is {q.dtype}, Hopper's attention takes bfloat16 and float16")
+    if q.shape[-1] not in HEAD_DIMS:
+        taken = " and ".join(map(str, HEAD_DIMS))
+        reasons.append(f"the head dim is {q.shape[-1]}, Hopper's attention takes {taken}")
+    if keys > MOST_KEYS:
+        reasons.append(f"there are {keys} keys, Hopper's attention takes up to {MOST_KEYS}")
+    most = -(-keys // QUERIES) * QUERIES
+    if q.shape[-2] > most:
+        reasons.append(f"there are {q.shape[-2]} queries, Hopper's attention takes {most} beside {keys} keys")
+    return reasons
+
+
+def for_tma(rows: Tensor) -> Tensor:
+    """``rows`` with every row at a multiple of 16 bytes; a copy only where they are not."""
+    steps = zip(rows.shape[:-1], rows.stride()[:-1], strict=True)
+    suits = rows.stride(-1) == 1 and all(size == 1 or (step > 0 and step % 8 == 0) for size, step in steps)
+    return rows if suits and rows.data_ptr() % 16 == 0 else rows.clone(memory_format=torch.contiguous_format)
 
 
 def why_not(ops: Any, cols: int, residual: Tensor | None = None, **matrices: Tensor) -> list[str]:

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import _extension, reference
 from ..dispatch import Backend, Op
 from ..reference import HeadNorm, Rope
-from . import _attention_general, _contract, _heads, _register
+from . import _attention_general, _contract, _heads, _register, _sm90
 
 NAME, PACKED = "attention", "attention_packed"
 HEAD_DIMS = range(32, 129, 8)
@@ -131,6 +131,9 @@ def _check_packed(qkv, num_heads, dropout_p, scale, q_norm, k_norm, rope) -> Non
 def _launch_fwd(backend, q, k, v, attn_mask, is_causal, scale):
     if backend == "cpp":
         return _contract.compiled(backend).attention_fwd(q, k, v, attn_mask, is_causal, scale)
+    if backend == "cuda":
+        out, lse = _hopper().attention_fwd(*map(_sm90.for_tma, (q, k, v)), scale)
+        return out.transpose(1, 2), lse
     return _kernels(q)[0](q, k, v, scale)
 
 
@@ -148,6 +151,11 @@ def _kernels(q: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
     if q.shape[2] <= few.MOST_QUERIES:
         return few.attention_few_fwd, few.attention_few_bwd
     return many.attention_fwd, many.attention_bwd
+
+
+def _hopper() -> Any:
+    """csrc/cuda/sm90/attention.cpp. What it saves is what Triton's backward reads."""
+    return torch.ops.fastvit_cuda
 
 
 @cache
@@ -209,6 +217,8 @@ def _packed_fwd(qkv, num_heads, scale, backend):
         many, few = _triton()
         if qkv.shape[1] > few.MOST_QUERIES and many.reads_packed(qkv):
             return many.attention_packed_fwd(qkv, num_heads, scale)
+    if backend == "cuda" and qkv.numel():
+        return _hopper().attention_packed_fwd(_sm90.for_tma(qkv), num_heads, scale)
     q, k, v = reference.unpack_qkv(_rows_contiguous(qkv), num_heads)
     out, lse = _fwd(q, k, v, None, False, scale, backend)
     return out.transpose(1, 2).flatten(2), lse
@@ -331,6 +341,32 @@ def _run_triton_packed(qkv, num_heads, dropout_p, scale, q_norm=None, k_norm=Non
     return _packed_fwd_op(qkv, num_heads, scale, "triton")[0]
 
 
+def _why_not_cuda(q, k, v, attn_mask, is_causal, dropout_p, scale, *heads):
+    reasons = _contract.why_not_compiled("cuda", q, q, "q")
+    if not reasons:
+        reasons += _sm90.why_not_attention(q, k.shape[2])
+    if attn_mask is not None or is_causal or dropout_p > 0.0 or any(part is not None for part in heads):
+        reasons.append("Hopper's attention has no masks, causal order, dropout, norms or rotation")
+    if not scale > 0:
+        reasons.append(f"scale is {scale}, Hopper's attention takes one above 0")
+    if any(t.requires_grad for t in (q, k, v)):
+        reasons += [f"the gradient is triton's: {reason}" for reason in _extension.why_not_triton()]
+    return reasons
+
+
+def _why_not_cuda_packed(qkv, num_heads, dropout_p, scale, *heads):
+    q, k, v = reference.unpack_qkv(qkv, num_heads)
+    return _why_not_cuda(q, k, v, None, False, dropout_p, scale, *heads)
+
+
+def _run_cuda(q, k, v, attn_mask, is_causal, dropout_p, scale, *heads):
+    return _fwd_op(q, k, v, None, False, scale, "cuda")[0]
+
+
+def _run_cuda_packed(qkv, num_heads, dropout_p, scale, *heads):
+    return _packed_fwd_op(qkv, num_heads, scale, "cuda")[0]
+
+
 def _why_not_cpp(q, k, v, attn_mask, is_causal, dropout_p, scale, *heads, name="q"):
     reasons = _contract.why_not_compiled("cpp", q, q, name)
     if attn_mask is not None and attn_mask.requires_grad:
@@ -395,9 +431,12 @@ def _reference_dropout(x: Tensor, dropout_p: float) -> dict[str, Any]:
     return {"dropout_p": dropout_p, "dropout_seed": _attention_general.draw_seed(x.device)}
 
 
+UNTIMED = "it has not run on a GPU yet, only on a model of one"
+
 ATTENTION = Op(
     NAME,
     Backend("triton", _run_triton, _why_not_triton, ("cuda",)),
+    Backend("cuda", _run_cuda, _why_not_cuda, only_by_name=UNTIMED),
     Backend("cpp", _run_cpp, _why_not_cpp, ("cpu",)),
     Backend("torch", _run_torch),
     Backend("reference", _run_reference),
@@ -405,6 +444,7 @@ ATTENTION = Op(
 ATTENTION_PACKED = Op(
     PACKED,
     Backend("triton", _run_triton_packed, _why_not_triton_packed, ("cuda",)),
+    Backend("cuda", _run_cuda_packed, _why_not_cuda_packed, only_by_name=UNTIMED),
     Backend("cpp", _run_cpp_packed, _why_not_cpp_packed, ("cpu",)),
     Backend("torch", _run_torch_packed),
     Backend("reference", _run_reference_packed),

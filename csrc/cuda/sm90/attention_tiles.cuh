@@ -1,0 +1,120 @@
+// What a block of attention.cuh holds in shared memory, and the warp that loads it.
+#pragma once
+
+#include "cuda/common.cuh"
+#include "cuda/sm90/attention.h"
+#include "cuda/sm90/hopper.cuh"
+
+namespace fastvit::sm90 {
+
+template <DType DTYPE>
+using Half = std::conditional_t<DTYPE == DType::kBFloat16, __nv_bfloat16, __half>;
+
+// The next smaller number of keys that has a kernel.
+constexpr int fewer_keys(int keys) {
+  int found = 0;
+  for (int width : kKeys) found = width < keys ? width : found;
+  return found;
+}
+
+constexpr int kRowBytes = 128;  // of a swizzled row: 64 values
+constexpr int kGroup = 128;     // threads of a warpgroup
+constexpr int kAttentionThreads = 3 * kGroup;
+
+// What a block holds: for each of STAGES heads q, k and v, rows of 128 bytes, and the barriers around them.
+template <int KEYS, int DIM>
+struct AttentionTiles {
+  static constexpr int kQueries = int(most_queries(KEYS));
+  static constexpr int kSlices = (DIM + 63) / 64;  // of a tile, 64 columns each: what a row of 128 bytes holds
+  static constexpr int kKeySlice = KEYS * kRowBytes, kQuerySlice = kQueries * kRowBytes;
+  static constexpr int kKeyBytes = kSlices * kKeySlice;
+  static constexpr int kQueryBytes = kSlices * kQuerySlice;
+  static constexpr int kParts = KEYS > 256 ? 2 : 1;  // of a tile: a load, as a product, has up to 256 rows
+  static constexpr int kStageBytes = kQueryBytes + 2 * kKeyBytes;
+  static constexpr int kAlignment = 1024;  // of the swizzle's pattern
+  static constexpr int kLimit = 227 * 1024 - kAlignment - 256;
+  static constexpr int kStages = kLimit / kStageBytes < 4 ? kLimit / kStageBytes : 4;
+  static constexpr int kBytes = kAlignment + kStages * kStageBytes + kStages * 4 * int(sizeof(hopper::Barrier));
+  // Whether scores of one block and weights of another fit a thread's registers together
+  static constexpr bool kTogether = KEYS / 2 + KEYS / 4 + DIM / 2 <= 188, kStoresLate = KEYS / 2 + DIM / 2 <= 160;
+  static_assert(kStages >= 1 && DIM % 16 == 0 && KEYS % 16 == 0 && KEYS / kParts % 8 == 0);
+};
+
+struct AttentionParams {
+  CUtensorMap q, k, v;
+  void* out;
+  float* lse;
+  int all_heads, heads;  // B * H, H
+  int queries, keys;
+  int blocks;  // of queries, in a head
+  float scale;
+};
+
+template <int KEYS, int DIM>
+struct AttentionShared {
+  using Tiles = AttentionTiles<KEYS, DIM>;
+  char* tiles;
+  hopper::Barrier* barriers;
+
+  __device__ AttentionShared() {
+    char* memory = hopper::shared_memory();
+    tiles = memory + (0u - hopper::shared_address(memory)) % Tiles::kAlignment;
+    barriers = reinterpret_cast<hopper::Barrier*>(tiles + Tiles::kStages * Tiles::kStageBytes);
+  }
+  __device__ char* q(int stage) const { return tiles + stage * Tiles::kStageBytes; }
+  __device__ char* k(int stage) const { return q(stage) + Tiles::kQueryBytes; }
+  __device__ char* v(int stage) const { return k(stage) + Tiles::kKeyBytes; }
+  // q and k are there, v is there; both are no longer needed
+  __device__ hopper::Barrier& full_scores(int stage) const { return barriers[4 * stage]; }
+  __device__ hopper::Barrier& full_values(int stage) const { return barriers[4 * stage + 1]; }
+  __device__ hopper::Barrier& empty_scores(int stage) const { return barriers[4 * stage + 2]; }
+  __device__ hopper::Barrier& empty_values(int stage) const { return barriers[4 * stage + 3]; }
+};
+
+// The descriptor of a matrix in rows of 128 bytes, swizzled in patterns of 8 rows; `slice` bytes between two slices of
+// 64 columns, which counts only where a product spans them.
+__device__ inline uint64_t describe(uint32_t address, int slice) {
+  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
+  constexpr uint64_t kEightRows = uint64_t(8 * kRowBytes / 16) << 32;
+  return kSwizzle128 | kEightRows | uint64_t(slice / 16) << 16 | uint64_t((address & 0x3ffff) >> 4);
+}
+
+template <typename T>
+__device__ inline uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+}
+
+template <int KEYS, int DIM>
+__device__ inline void load_heads(const AttentionParams& p, const AttentionShared<KEYS, DIM>& shared) {
+  using Tiles = AttentionTiles<KEYS, DIM>;
+  const int query_rows = p.blocks * kBlockRows / Tiles::kParts, key_rows = KEYS / Tiles::kParts;
+  const auto load = [&](const CUtensorMap& map, hopper::Barrier& full, char* to, int slice_bytes, int rows, int head,
+                        int sample) {
+#pragma unroll
+    for (int i = 0; i < Tiles::kSlices * Tiles::kParts; ++i) {
+      const int slice = i / Tiles::kParts, row = i % Tiles::kParts * rows;
+      hopper::load_tile(map, full, to + slice * slice_bytes + row * kRowBytes, 64 * slice, row, head, sample);
+    }
+  };
+  int turn = 0;
+  for (int head = blockIdx.x; head < p.all_heads; head += gridDim.x, ++turn) {
+    const int stage = turn % Tiles::kStages, parity = turn / Tiles::kStages % 2;
+    const int sample = head / p.heads, of_sample = head % p.heads;
+    hopper::Barrier &scores = shared.full_scores(stage), &values = shared.full_values(stage);
+    shared.empty_scores(stage).wait(parity ^ 1);
+    scores.arrive_and_expect(Tiles::kSlices * p.blocks * kBlockRows * kRowBytes + Tiles::kKeyBytes);
+    load(p.q, scores, shared.q(stage), Tiles::kQuerySlice, query_rows, of_sample, sample);
+    load(p.k, scores, shared.k(stage), Tiles::kKeySlice, key_rows, of_sample, sample);
+    shared.empty_values(stage).wait(parity ^ 1);
+    values.arrive_and_expect(Tiles::kKeyBytes);
+    load(p.v, values, shared.v(stage), Tiles::kKeySlice, key_rows, of_sample, sample);
+  }
+}
+
+}  // namespace fastvit::sm90

@@ -1,0 +1,49 @@
+"""What the tests of Hopper's attention share: inputs, the proof against float64, and the model as a backend."""
+
+import sys
+
+import cuda_on_cpu
+import torch
+import torch.nn.functional as F
+
+from fastvit import reference, testing
+from fastvit.ops import _sm90
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+HAS_KERNEL = IS_HOPPER and hasattr(torch.ops.fastvit_cuda, "attention_packed_fwd")
+DIM = 64
+OP = sys.modules["fastvit.ops.attention"]  # the module; fastvit.ops.attention is the op
+
+
+def ops_of(device):
+    return torch.ops.fastvit_cuda if device == "cuda" else cuda_on_cpu.attention()
+
+
+def draw(*size, dtype=BF16, device="cpu", scale=1.0, seed=0):
+    return (torch.randn(*size, generator=torch.Generator().manual_seed(seed)) * scale).to(device, dtype)
+
+
+def packed(batch, tokens, heads, dtype=BF16, device="cpu", scale=1.0, dim=DIM):
+    return draw(batch, tokens, 3 * heads * dim, dtype=dtype, device=device, scale=scale, seed=tokens)
+
+
+def prove(out, lse, q, k, v, scale=DIM**-0.5):
+    """``out (B, Nq, H, D)`` and ``lse (B, H, Nq)`` against float64, beside what stock PyTorch is off."""
+    wide = [t.double() for t in (q, k, v)]
+    exact = reference.attention(*wide, scale=scale).transpose(1, 2)
+    stock = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    assert out.dtype == q.dtype
+    assert lse.dtype == F32
+    testing.assert_as_accurate(out, stock, exact, "out")
+    scores = wide[0] @ wide[1].mT * scale
+    error = (lse.double() - scores.logsumexp(-1)).abs().max()
+    assert error <= 2e-6 * scores.abs().amax().clamp(min=8)
+
+
+def stand_in(monkeypatch):
+    """Let the op run on CPU tensors, on the model."""
+    monkeypatch.setattr(OP, "_hopper", cuda_on_cpu.attention)
+    monkeypatch.setattr(OP._contract, "why_not_compiled", lambda *_: [])
+    monkeypatch.setattr(_sm90, "why_not_built", lambda *_: [])
+    monkeypatch.setattr(_sm90.why_not_attention, "__defaults__", (cuda_on_cpu.attention(),))
