@@ -41,9 +41,9 @@ def prove(out, lse, q, k, v, scale=DIM**-0.5):
     assert error <= 2e-6 * scores.abs().amax().clamp(min=8)
 
 
-def stand_in(monkeypatch):
-    """Let the op run on CPU tensors, on the model."""
-    monkeypatch.setattr(OP, "_hopper", cuda_on_cpu.attention)
+def stand_in(monkeypatch, library=cuda_on_cpu.attention):
+    """Let the op run on CPU tensors, on the model or another library's kernel."""
+    monkeypatch.setattr(OP, "_hopper", library)
     monkeypatch.setattr(OP._contract, "why_not_compiled", lambda *_: [])
     monkeypatch.setattr(_sm90, "why_not_built", lambda *_: [])
-    monkeypatch.setattr(_sm90.why_not_attention, "__defaults__", (cuda_on_cpu.attention(),))
+    monkeypatch.setattr(_sm90.why_not_attention, "__defaults__", (library(),))

@@ -2,6 +2,7 @@
 // Sums, epilogues, rounding and partial sums as on the GPU; the activations are the kernels' own source.
 #include "cuda/activation.h"
 #include "cuda/common.cuh"
+#include "cuda/sm90/attention.h"
 #include "cuda/sm90/gemm.h"
 
 namespace fastvit::sm90 {
@@ -98,6 +99,38 @@ cudaError_t launch_linear_act_grad(const LinearActGrad& p, cudaStream_t) {
   return cudaGetLastError();
 }
 
+template <typename T>
+const T* token_of(const HeadRows& t, int64_t sample, int64_t head, int64_t token) {
+  return static_cast<const T*>(t.data) + sample * t.sample + head * t.head + token * t.token;
+}
+
+// hopper_on_cpu.h has a model of the kernel itself; the result is all that is wanted here.
+template <DType DTYPE>
+cudaError_t launch_attention_fwd(const AttentionFwd& p, cudaStream_t) {
+  using T = ElementOf<DTYPE>;
+  std::vector<float> weights(p.keys);
+  for (int64_t i = 0; i < p.batch * p.heads * p.queries; ++i) {
+    const int64_t sample = i / p.queries / p.heads, head = i / p.queries % p.heads, query = i % p.queries;
+    const T* q = token_of<T>(p.q, sample, head, query);
+    float most = -INFINITY, sum = 0.f;
+    for (int64_t j = 0; j < p.keys; ++j) {
+      const T* k = token_of<T>(p.k, sample, head, j);
+      float score = 0.f;
+      for (int64_t d = 0; d < p.dim; ++d) score += to_float(q[d]) * to_float(k[d]);
+      most = std::max(most, weights[j] = score * p.scale);
+    }
+    for (float& weight : weights) sum += weight = std::exp(weight - most);
+    p.lse[i] = most + std::log(sum);
+    T* out = static_cast<T*>(p.out) + ((sample * p.queries + query) * p.heads + head) * p.dim;
+    for (int64_t d = 0; d < p.dim; ++d) {
+      float value = 0.f;
+      for (int64_t j = 0; j < p.keys; ++j) value += weights[j] * to_float(token_of<T>(p.v, sample, head, j)[d]);
+      out[d] = from_float<T>(value / sum);
+    }
+  }
+  return cudaGetLastError();
+}
+
 #define FASTVIT_TILE(DTYPE, TILE)                                                                       \
   template cudaError_t launch_linear_act<DTYPE, TILE>(const LinearAct&, cudaStream_t);                  \
   template cudaError_t launch_linear_residual<DTYPE, TILE, DTYPE>(const LinearResidual&, cudaStream_t); \
@@ -108,5 +141,7 @@ FASTVIT_TILE(DType::kFloat16, Tile::kLarge)
 FASTVIT_TILE(DType::kFloat16, Tile::kSmall)
 template cudaError_t launch_linear_act_grad<DType::kBFloat16>(const LinearActGrad&, cudaStream_t);
 template cudaError_t launch_linear_act_grad<DType::kFloat16>(const LinearActGrad&, cudaStream_t);
+template cudaError_t launch_attention_fwd<DType::kBFloat16>(const AttentionFwd&, cudaStream_t);
+template cudaError_t launch_attention_fwd<DType::kFloat16>(const AttentionFwd&, cudaStream_t);
 
 }  // namespace fastvit::sm90

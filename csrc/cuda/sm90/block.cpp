@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cuda/compiled_kernel.h"
+#include "cuda/sm90/attention.h"
 #include "cuda/sm90/products.h"
 
 namespace fastvit::sm90 {
@@ -13,19 +14,19 @@ namespace {
 
 // What is the same for all calls of one kind, byte for byte as fastvit/block_plan/hopper.py packs it.
 struct BlockPlan {
-  int64_t batch, tokens, width, attended, hidden;  // B, N, E, H * D, F
-  int64_t statistics;                              // float32 values that the attention's forward saves
-  float eps1, eps2;
+  int64_t batch, tokens, width, attended, hidden, heads;  // B, N, E, H * D, F, H
+  float eps1, eps2, scale;
   Activation act;
   int32_t class_token;  // 1: of token 0 alone, as keys and values are of all
+  int32_t by_triton;    // 0: the attention is that of attention.cuh
   Tile query, packed, proj, fc1, fc2;
   uint32_t reserved;
-  CompiledKernel attention;
+  CompiledKernel compiled;  // Triton's attention
 
   int64_t rows() const { return batch * tokens; }
   int64_t kept() const { return class_token ? batch : rows(); }  // rows of queries, and of all that follows
 };
-static_assert(sizeof(BlockPlan) == 312);
+static_assert(sizeof(BlockPlan) == 320);
 
 struct Norm {
   Vector weight, bias;
@@ -150,9 +151,23 @@ struct Run {
     run("block", p, stream);
   }
 
-  void attend(char* q, char* k, char* out, float* saved) const {
-    char* const v = k + 2 * plan.attended;  // both lie side by side in a row
-    check_launch("block", launch_compiled(plan.attention, {q, k, v, out, saved}, stream));
+  // Keys and values lie side by side in a row, behind the queries unless these have rows of their own.
+  void attend(char* q, char* k, char* out, float* saved, DType dtype) const {
+    char* const v = k + 2 * plan.attended;
+    if (plan.by_triton) {
+      check_launch("block", launch_compiled(plan.compiled, {q, k, v, out, saved}, stream));
+      return;
+    }
+    const int64_t queries = plan.kept() / plan.batch, dim = plan.attended / plan.heads;
+    const int64_t q_row = (plan.class_token ? 1 : 3) * plan.attended, row = (plan.class_token ? 2 : 3) * plan.attended;
+    AttentionFwd p{};
+    p.q = {q, q_row, dim, queries * q_row}, p.k = {k, row, dim, plan.tokens * row},
+    p.v = {v, row, dim, plan.tokens * row};
+    p.out = out, p.lse = saved;
+    p.batch = plan.batch, p.heads = plan.heads, p.queries = queries, p.keys = plan.tokens, p.dim = dim;
+    p.scale = plan.scale, p.device = device;
+    check_launch("block", dtype == DType::kBFloat16 ? launch_attention_fwd<DType::kBFloat16>(p, stream)
+                                                    : launch_attention_fwd<DType::kFloat16>(p, stream));
   }
 };
 
@@ -164,7 +179,7 @@ Tensor run_block(const Checks& checks, const BlockPlan& plan, const Tensor& x, c
   const int64_t q_bytes = 2 * kept * attended, kv_bytes = 4 * rows * attended, attended_bytes = q_bytes;
   const int64_t hidden_bytes = std::max(q_bytes + kv_bytes + attended_bytes, 2 * kept * plan.hidden);
   const int64_t middle_bytes = (input.dtype == dtype ? 2 : 4) * kept * plan.width;
-  const int64_t norm_bytes = 8 * rows, saved_bytes = 4 * plan.statistics;
+  const int64_t norm_bytes = 8 * rows, saved_bytes = 4 * kept * plan.heads;  // a number a query and head
   const int64_t normed_bytes = plan.class_token ? 2 * rows * plan.width : 0;
 
   const OnDevice device(x);
@@ -187,12 +202,12 @@ Tensor run_block(const Checks& checks, const BlockPlan& plan, const Tensor& x, c
     run.linear_act(kept, first, outputs(parts.qkv, 0, attended, plan.query), Activation::kNone, {q, attended, dtype});
     run.linear_act(rows, all, outputs(parts.qkv, attended, 2 * attended, plan.packed), Activation::kNone,
                    {q + q_bytes, 2 * attended, dtype});
-    run.attend(q, q + q_bytes, static_cast<char*>(merged.data), saved);
+    run.attend(q, q + q_bytes, static_cast<char*>(merged.data), saved, dtype);
     residual.stride *= plan.tokens;
   } else {
     run.layernorm(rows, input, parts.norm1, normed);
     run.linear_act(rows, normed, parts.qkv, Activation::kNone, {q, 3 * attended, dtype});
-    run.attend(q, q + 2 * attended, static_cast<char*>(merged.data), saved);
+    run.attend(q, q + 2 * attended, static_cast<char*>(merged.data), saved, dtype);
   }
   run.linear_residual(kept, merged, parts.proj, residual, middle);
   run.layernorm(kept, middle, parts.norm2, normed);
