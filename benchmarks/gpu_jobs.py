@@ -27,20 +27,16 @@ def plan(rehearse: bool = False) -> list[Job]:
     autocast = [*PLAIN, "fastvit-autocast", "eager-autocast"]
     compiled = [*PLAIN, "compile"]
     graphs = ["fastvit", "eager", "fastvit-graph", "eager-graph"]
+    own = "fastvit-cuda-attention"
     jobs = [
         Job("infer", 40, {"models": BASE, "mode": "infer", "providers": autocast}),
         Job("train", 60, {"models": BASE, "mode": "train", "providers": [*autocast, "fastvit-lean"]}),
         Job("batch-1", 30, {"models": BASE, "mode": "infer", "batch": 1, "providers": graphs, "rounds": 15}),
         Job("ops-fwd", 40, {"ops": OPS, "mode": "fwd"}),
         Job("ops-bwd", 50, {"ops": OPS, "mode": "bwd"}),
-        Job(
-            "attention",
-            25,
-            {"ops": OPS[:1], "mode": "fwd", "providers": ["fastvit", "fastvit-cuda-attention", "eager"]},
-        ),
-        Job(
-            "infer-attention", 30, {"models": BASE, "mode": "infer", "providers": ["fastvit", "fastvit-cuda-attention"]}
-        ),
+        Job("attention", 25, {"ops": OPS[:1], "mode": "fwd", "providers": ["fastvit", own, "eager"]}),
+        Job("infer-attention", 30, {"models": BASE, "mode": "infer", "providers": ["fastvit", own]}),
+        Job("batch-1-attention", 30, {"models": BASE, "batch": 1, "providers": ["fastvit-graph", f"{own}-graph"]}),
         Job("infer-compile", 120, {"models": BASE, "mode": "infer", "providers": compiled}),
         Job("large-infer", 30, {"models": LARGE, "mode": "infer"}),
         Job("large-train", 40, {"models": LARGE, "mode": "train", "batch": 128}),

@@ -63,6 +63,19 @@ def test_packed(device, dtype, tokens, dim):
     prove_packed(ops_of(device), packed(3, tokens, 3, dtype, device, dim=dim), 3)
 
 
+@pytest.mark.parametrize("order", range(4))
+@pytest.mark.parametrize(("tokens", "dim"), [(130, 64), (197, 64), (250, 64), (257, 64), (197, 80)])
+def test_one_head(device, monkeypatch, tokens, dim, order):
+    """Whose queries several blocks share, each with the keys and values; other heads beside it change no bit."""
+    monkeypatch.setenv(ORDER, str(order))
+    qkv = packed(1, tokens, 1, device=device, dim=dim)
+    prove_packed(ops_of(device), qkv, 1, dim**-0.5)
+    alone, lse = ops_of(device).attention_packed_fwd(qkv, 1, 0.125)
+    among, lse_among = ops_of(device).attention_packed_fwd(qkv.expand(3, -1, -1).contiguous(), 1, 0.125)
+    assert torch.equal(alone[0], among[1])
+    assert torch.equal(lse[0], lse_among[1])
+
+
 @pytest.mark.parametrize("order", [1, *range(2, 10)])
 @pytest.mark.parametrize(
     ("tokens", "dim"), [*((n, 64) for n in (37, 150, 197, 250, 257)), (70, 80), (160, 80), (257, 80)]

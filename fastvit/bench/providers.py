@@ -36,6 +36,7 @@ PROVIDERS = {
     "eager-autocast": Provider(ours=False, autocast=True),
     "fastvit-lean": Provider(ours=True, memory="lean"),
     "fastvit-cuda-attention": Provider(ours=True, attention="cuda"),
+    "fastvit-cuda-attention-graph": Provider(ours=True, attention="cuda", graph=True),
     "onnxruntime": Provider(ours=False, runtime="onnxruntime"),
     "openvino": Provider(ours=False, runtime="openvino"),
 }

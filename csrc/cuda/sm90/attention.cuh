@@ -20,8 +20,8 @@ struct AttentionGroup {
   static constexpr int kScores = KEYS / 2, kWeights = KEYS / 4, kOut = DIM / 2;  // registers of a thread
 
   struct Place {
-    int head;
-    int turn, block;  // the head's number in this block, the queries' number in the head
+    int item;
+    int turn, block;  // the item's number in this block, the queries' number in the item
     __device__ int stage() const { return turn % Tiles::kStages; }
     __device__ int parity() const { return turn / Tiles::kStages % 2; }
   };
@@ -33,8 +33,8 @@ struct AttentionGroup {
 
   __device__ AttentionGroup(const AttentionParams& params, const AttentionShared<KEYS, DIM>& memory, int number)
       : p(params), shared(memory), group(number), thread(threadIdx.x % kGroup) {
-    const int heads = (p.all_heads - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
-    const int all = heads * p.blocks, first = (all + 1) / 2, second = all / 2;
+    const int items = (p.items - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
+    const int all = items * p.blocks, first = (all + 1) / 2, second = all / 2;
     // one turn more than blocks: the last one's second product
     mine = (group == 0 ? first : second) + 1;
     others = (group == 0 ? second : first) + 1;
@@ -42,12 +42,15 @@ struct AttentionGroup {
 
   __device__ bool has_work() const { return mine > 1; }
   __device__ int lane() const { return thread % kWarp; }
-  __device__ int first_row(const Place& at) const { return kBlockRows * at.block + thread / kWarp * 16; }
+  __device__ int head(const Place& at) const { return at.item / p.shares; }
+  __device__ int first_row(const Place& at) const {
+    return kBlockRows * (at.item % p.shares * p.blocks + at.block) + thread / kWarp * 16;
+  }
 
   __device__ void step(Place& at, int by) const {
-    for (at.block += by; at.block >= p.blocks; at.block -= p.blocks) at.head += gridDim.x, ++at.turn;
+    for (at.block += by; at.block >= p.blocks; at.block -= p.blocks) at.item += gridDim.x, ++at.turn;
   }
-  __device__ bool is_last_of_head(const Place& at) const { return at.block + 2 >= p.blocks; }
+  __device__ bool is_last_of_item(const Place& at) const { return at.block + 2 >= p.blocks; }
 
   // The tensor cores are given from one group to the other: 0, 1, 0, 1, ... A group without work has no turns.
   __device__ void turn_begin(int turn) const {
@@ -141,7 +144,7 @@ struct AttentionGroup {
       sums[2 * row] += low, sums[2 * row + 1] += high;
       weights[i] = pack<T>(low, high);
     }
-    float* lse = p.lse + int64_t(at.head) * p.queries;
+    float* lse = p.lse + int64_t(head(at)) * p.queries;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       float sum = sums[2 * row] + sums[2 * row + 1];
@@ -155,7 +158,7 @@ struct AttentionGroup {
 
   __device__ void store_out(const float (&out)[kOut], const float (&inverse)[2], const Place& at) const {
     if (first_row(at) >= p.queries) return;
-    const int sample = at.head / p.heads, of_sample = at.head % p.heads;
+    const int sample = head(at) / p.heads, of_sample = head(at) % p.heads;
     T* rows = static_cast<T*>(p.out) + (int64_t(sample) * p.queries * p.heads + of_sample) * DIM;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -205,7 +208,7 @@ struct AttentionGroup {
     turn_end(0);
     hopper::products_wait<0>();
     hopper::pin(scores);
-    if (is_last_of_head(at)) release(shared.empty_scores(at.stage()));
+    if (is_last_of_item(at)) release(shared.empty_scores(at.stage()));
     find_maxima(scores, maxima);
     weigh(scores, maxima, weights, inverse, at);
 
@@ -241,8 +244,8 @@ struct AttentionGroup {
         hopper::pin(scores);
         find_maxima(scores, maxima);
       }
-      if (is_last_of_head(next)) release(shared.empty_scores(next.stage()));
-      if (is_last_of_head(at)) release(shared.empty_values(at.stage()));
+      if (is_last_of_item(next)) release(shared.empty_scores(next.stage()));
+      if (is_last_of_item(at)) release(shared.empty_values(at.stage()));
       weigh(scores, maxima, weights, inverse, next);
       at = next;
     }
@@ -312,6 +315,12 @@ inline bool encode_heads(CUtensorMap& map, DType dtype, const HeadRows& t, const
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// With few heads a block takes two blocks of queries, one a warpgroup, where there is room for all at once.
+inline int shares_of_head(int64_t all_heads, int64_t blocks, int64_t multiprocessors) {
+  const int64_t shares = ceil_div(blocks, 2);
+  return all_heads * shares <= multiprocessors ? int(shares) : 1;
+}
+
 template <DType DTYPE, int KEYS, int DIM>
 cudaError_t launch_attention_fwd(const AttentionFwd& p, cudaStream_t stream) {
   using Tiles = AttentionTiles<KEYS, DIM>;
@@ -319,17 +328,19 @@ cudaError_t launch_attention_fwd(const AttentionFwd& p, cudaStream_t stream) {
   AttentionParams params{};
   params.out = p.out;
   params.lse = p.lse;
-  params.all_heads = int(p.batch * p.heads);
+  const int all_heads = int(p.batch * p.heads), blocks = int(ceil_div(p.queries, kBlockRows));
+  const int most = multiprocessors(p.device);
+  params.shares = shares_of_head(all_heads, blocks, most);
+  params.blocks = int(ceil_div(blocks, params.shares));
+  params.items = all_heads * params.shares;
   params.heads = int(p.heads), params.queries = int(p.queries), params.keys = int(p.keys);
-  params.blocks = int(ceil_div(p.queries, kBlockRows));
   params.scale = p.scale;
   const bool known = encode_heads(params.q, DTYPE, p.q, p, p.queries, params.blocks * kBlockRows / Tiles::kParts) &&
                      encode_heads(params.k, DTYPE, p.k, p, p.keys, KEYS / Tiles::kParts) &&
                      encode_heads(params.v, DTYPE, p.v, p, p.keys, KEYS / Tiles::kParts);
   if (!known) return cudaErrorInvalidValue;
-  const int blocks = std::min(params.all_heads, multiprocessors(p.device));
-  return hopper::launch(&attention_fwd_kernel<DTYPE, KEYS, DIM, Tiles::kBytes>, blocks, kAttentionThreads,
-                        Tiles::kBytes, params, stream);
+  return hopper::launch(&attention_fwd_kernel<DTYPE, KEYS, DIM, Tiles::kBytes>, std::min(params.items, most),
+                        kAttentionThreads, Tiles::kBytes, params, stream);
 }
 
 template <DType DTYPE, int INDEX = 0>

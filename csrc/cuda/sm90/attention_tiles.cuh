@@ -44,9 +44,9 @@ struct AttentionParams {
   CUtensorMap q, k, v;
   void* out;
   float* lse;
-  int all_heads, heads;  // B * H, H
-  int queries, keys;
-  int blocks;  // of queries, in a head
+  int items, shares;  // B * H * shares of its queries in each head
+  int heads, queries, keys;
+  int blocks;  // of queries, in a share
   float scale;
 };
 
@@ -94,26 +94,27 @@ template <int KEYS, int DIM>
 __device__ inline void load_heads(const AttentionParams& p, const AttentionShared<KEYS, DIM>& shared) {
   using Tiles = AttentionTiles<KEYS, DIM>;
   const int query_rows = p.blocks * kBlockRows / Tiles::kParts, key_rows = KEYS / Tiles::kParts;
-  const auto load = [&](const CUtensorMap& map, hopper::Barrier& full, char* to, int slice_bytes, int rows, int head,
-                        int sample) {
+  const auto load = [&](const CUtensorMap& map, hopper::Barrier& full, char* to, int slice_bytes, int first, int rows,
+                        int head) {
 #pragma unroll
     for (int i = 0; i < Tiles::kSlices * Tiles::kParts; ++i) {
       const int slice = i / Tiles::kParts, row = i % Tiles::kParts * rows;
-      hopper::load_tile(map, full, to + slice * slice_bytes + row * kRowBytes, 64 * slice, row, head, sample);
+      char* tile = to + slice * slice_bytes + row * kRowBytes;
+      hopper::load_tile(map, full, tile, 64 * slice, first + row, head % p.heads, head / p.heads);
     }
   };
   int turn = 0;
-  for (int head = blockIdx.x; head < p.all_heads; head += gridDim.x, ++turn) {
+  for (int item = blockIdx.x; item < p.items; item += gridDim.x, ++turn) {
     const int stage = turn % Tiles::kStages, parity = turn / Tiles::kStages % 2;
-    const int sample = head / p.heads, of_sample = head % p.heads;
+    const int head = item / p.shares, first_query = item % p.shares * p.blocks * kBlockRows;
     hopper::Barrier &scores = shared.full_scores(stage), &values = shared.full_values(stage);
     shared.empty_scores(stage).wait(parity ^ 1);
     scores.arrive_and_expect(Tiles::kSlices * p.blocks * kBlockRows * kRowBytes + Tiles::kKeyBytes);
-    load(p.q, scores, shared.q(stage), Tiles::kQuerySlice, query_rows, of_sample, sample);
-    load(p.k, scores, shared.k(stage), Tiles::kKeySlice, key_rows, of_sample, sample);
+    load(p.q, scores, shared.q(stage), Tiles::kQuerySlice, first_query, query_rows, head);
+    load(p.k, scores, shared.k(stage), Tiles::kKeySlice, 0, key_rows, head);
     shared.empty_values(stage).wait(parity ^ 1);
     values.arrive_and_expect(Tiles::kKeyBytes);
-    load(p.v, values, shared.v(stage), Tiles::kKeySlice, key_rows, of_sample, sample);
+    load(p.v, values, shared.v(stage), Tiles::kKeySlice, 0, key_rows, head);
   }
 }
 
