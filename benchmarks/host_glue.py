@@ -41,7 +41,7 @@ def empty_launches() -> str:
         words = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).strip("_")
         return words.replace("layer_norm", "layernorm")
 
-    lines = ['#include "cuda/sm90/gemm.h"', "namespace fastvit {"]
+    lines = ['#include "cuda/sm90/attention.h"', '#include "cuda/sm90/gemm.h"', "namespace fastvit {"]
     lines += [launcher(params, snake(params)) for params in PASSES]
     lines += ["cudaError_t has_kernels() { return cudaSuccess; }"]
     lines += ["int layernorm_bwd_groups(int64_t, int) { return 1; }", "int pass_groups(int64_t, int64_t) { return 1; }"]
@@ -52,6 +52,7 @@ def empty_launches() -> str:
         streams = (half, "kFloat32")
         lines += [launcher("LinearResidual", "linear_residual", f"<{values}, DType::{s}>") for s in streams]
     lines += [launcher("LinearActGrad", "linear_act_grad", f"<DType::{half}>") for half in HALVES]
+    lines += [launcher("AttentionFwd", "attention_fwd", f"<DType::{half}>") for half in HALVES]
     return "\n".join([*lines, "}", "}", ""])
 
 
