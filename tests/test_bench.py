@@ -2,9 +2,13 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import cuda_on_cpu
 import pytest
 import torch
 
@@ -310,3 +314,18 @@ def test_tuning_candidates_cover_their_lengths_and_become_the_settings(dtype, mo
     assert [tune.attention_settings("fwd", dtype, 64, keys, 90) for keys in (192, 209)] == rule
     assert tune.attention_settings("fwd", dtype, 64, 200, 80) != found[-1]
     assert tune.attention_settings("fwd", dtype, 64, 200, 90, general=True) != found[-1]
+
+
+@pytest.mark.skipif(bool(cuda_on_cpu.why_not()), reason=cuda_on_cpu.why_not())
+def test_the_hosts_time_can_be_measured(tmp_path):
+    """In a process of its own: the glue that it builds registers the ops of other tests."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    code = "import host; host.ROUNDS = host.CALLS = 1; host.main()"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT}"}
+    command = [sys.executable, "-c", code, "--json", str(tmp_path / "host.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {
+        row["op"]: row for row in json.loads((tmp_path / "host.json").read_text())["rows"] if row["mode"] == "infer"
+    }
+    assert all(rows[name][way] > 0 for name in ("block", "class token") for way in ("eager", "cpp", "cuda"))
