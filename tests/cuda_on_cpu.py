@@ -75,7 +75,7 @@ def why_not() -> str:
     return f"{' and '.join(missing)} not on the PATH" if missing else ""
 
 
-def translate(source: str) -> str:
+def translate(source: str, name: str = NAME) -> str:
     """CUDA C++ -> C++: launches become calls, the ops get a name and a device of their own."""
     launch = re.compile(r"([\w:]+(?:<[\w, :]*>)?)<<<(.*?), 0, stream>>>\((.*?)\);", re.DOTALL)
 
@@ -89,22 +89,22 @@ def translate(source: str) -> str:
     translated = launch.sub(replace, source)
     assert "<<<" not in translated, "a launch was not translated"
     return (
-        translated.replace("fastvit_cuda, CUDA, m", f"{NAME}, CPU, m")
-        .replace("fastvit_cuda, Comp", f"{NAME}, Comp")
-        .replace("(fastvit_cuda, m)", f"({NAME}, m)")
+        translated.replace("fastvit_cuda, CUDA, m", f"{name}, CPU, m")
+        .replace("fastvit_cuda, Comp", f"{name}, Comp")
+        .replace("(fastvit_cuda, m)", f"({name}, m)")
     )
 
 
 @functools.cache
 def library():
     """The ops, built once a process."""
-    return _library(PASSES, "cuda")
+    return _library(PASSES, "cuda", NAME)
 
 
 @functools.cache
 def attention():
     """``attention_fwd`` and ``attention_packed_fwd``, built once a process. See hopper_model.h."""
-    return _library(ATTENTION, "cuda/sm90")
+    return _library(ATTENTION, "cuda/sm90", f"{NAME}_model")  # an op of one name is registered once a process
 
 
 def compile_program(name: str, program: Path, *includes: Path) -> None:
@@ -113,22 +113,22 @@ def compile_program(name: str, program: Path, *includes: Path) -> None:
     run(["nvcc", "-x", "c++", *flags, "-Xcompiler=-fpermissive,-w", str(TESTS / name), "-o", str(program)])
 
 
-def _library(files: list[Path], folder: str):
+def _library(files: list[Path], folder: str, name: str):
     work = Path(tempfile.mkdtemp(prefix="cuda-on-cpu-"))
     try:
-        _build(work, files, work / folder)
+        _build(work, files, work / folder, name)
         torch.ops.load_library(str(work / "library.so"))
     finally:
         shutil.rmtree(work)
-    return getattr(torch.ops, NAME)
+    return getattr(torch.ops, name)
 
 
-def _build(work: Path, files: list[Path], folder: Path) -> None:
+def _build(work: Path, files: list[Path], folder: Path, ops: str) -> None:
     folder.mkdir(parents=True)
     (work / "runtime.cpp").write_text(RUNTIME)
     for path in files:
         name = f"{path.name}.cpp" if path.suffix == ".cu" else STANDS_FOR.get(path.name, path.name)
-        (folder / name).write_text(translate(path.read_text()))
+        (folder / name).write_text(translate(path.read_text(), ops))
     includes = [f"-I{work}", f"-I{ROOT / 'csrc'}", *(f"-I{path}" for path in include_paths())]
     defines = ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     host = "-fPIC,-fpermissive,-w,-include," + str(ROOT / "tests" / "cuda_on_cpu.h")
