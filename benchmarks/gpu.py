@@ -35,6 +35,7 @@ STAGE = re.compile(rf"({'|'.join(STAGES)})(?:=([0-9]+))?(?=,|$)")
 PROCESSES = max(2, (os.cpu_count() or 2) - 2)
 KERNEL_TESTS = (
     "test_*_kernel.py",
+    "test_block_plan_gpu.py",
     "test_cuda_attention.py",
     "test_cuda_kernels.py",
     "test_cuda_sm90.py",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from block_plans import by_ops, runs_of_plans
 
-from fastvit import block_plan, fused, layers
+from fastvit import block_plan, fused, layers, use_backend
 
 pytest.importorskip("triton", reason="triton is not installed")
 from fastvit.kernels import _launch
@@ -43,15 +43,28 @@ def test_the_bits_of_the_ops(batch, tokens, stream, dtype, planned):
     assert planned == [True] * 4
 
 
-def test_many_blocks_one_after_the_other(planned):
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 197), (8, 197), (2, 257), (3, 50)])
+def test_hoppers_own_attention(batch, tokens, planned):
+    """By name; its plan needs no launch before it."""
+    made, x = block_and_input(batch, tokens)
+    with use_backend(attention="cuda", attention_packed="cuda"):
+        for forward in (made, partial(fused.class_token_block_forward, made)):
+            assert torch.equal(forward(x), by_ops(forward, x))
+    assert planned == [True] * 2
+
+
+@pytest.mark.parametrize("attention", ["triton", "cuda"])
+def test_many_blocks_one_after_the_other(attention, planned):
     """Each writes where the one before has read: the kernels overlap."""
     made, x = block_and_input(1, 197)
-    made(x)
-    expected = ours = x
-    for _ in range(50):
-        expected = by_ops(made, expected)
-    for _ in range(50):
-        ours = made(ours)
+    with use_backend(attention_packed=attention):
+        made(x)
+        planned.clear()
+        expected = ours = x
+        for _ in range(50):
+            expected = by_ops(made, expected)
+        for _ in range(50):
+            ours = made(ours)
     assert torch.equal(ours, expected)
     assert planned == [True] * 50
 
