@@ -31,7 +31,7 @@ HOPPER_SHARED_LIMIT = 227 * 1024
 # The kernels that take 8 elements a thread; the others read and write one
 VECTOR_KERNEL = re.compile(r"pass_kernel<8,|layer_scale_bwd_kernel<\w+, 8>|layernorm_(fwd|bwd)_kernel<")
 # What launch_overlapping and sm90's launch start while the kernel before is still running; see csrc/cuda/common.cuh
-OVERLAPPING = re.compile(r"layernorm_fwd_kernel<|device_kernel<sm90::|attention_fwd_kernel<")
+OVERLAPPING = re.compile(r"layernorm_fwd_kernel<|device_kernel<sm90::|attention_(fwd|bwd)_kernel<")
 DTYPES, TILES = ("fp32", "fp16", "bf16"), ("large", "small")
 # A product's name: op, dtype, the tile where there are two, the residual stream's dtype and the shared memory it asks
 # for; see csrc/cuda/sm90
@@ -39,8 +39,8 @@ PRODUCT = re.compile(
     r"device_kernel<sm90::(\w+)Kernel<\(DType\)(\d), (?:\(sm90::Tile\)(\d), )?(?:\(DType\)(\d), )?(\d+)>"
 )
 
-# Dtype, keys, head dim, shared memory
-ATTENTION = re.compile(r"sm90::attention_fwd_kernel<\(DType\)(\d), (\d+), (\d+), (\d+)>")
+# Direction, dtype, keys, the forward's head dim, shared memory
+ATTENTION = re.compile(r"sm90::attention_(fwd|bwd)_kernel<\(DType\)(\d), (\d+), (?:(\d+), )?(\d+)>")
 
 
 def find_nvcc() -> str | None:
@@ -140,8 +140,8 @@ def name_attention(row: dict) -> dict:
     match = ATTENTION.search(row["kernel"])
     if not match:
         return row
-    name = f"attention_fwd {DTYPES[int(match[1])]} n{match[2]} d{match[3]}"
-    row = check_hopper(row | {"kernel": name, "shared": int(match[4])})
+    name = f"attention_{match[1]} {DTYPES[int(match[2])]} n{match[3]} d{match[4] or 64}"
+    row = check_hopper(row | {"kernel": name, "shared": int(match[5])})
     if row.get("wgmmas", 0) and row["wgmma_waits"] * 4 > row["wgmmas"]:  # else the compiler has put waits between them
         row["problems"] = [*row["problems"], f"{row['wgmma_waits']} waits for {row['wgmmas']} products"]
     return row

@@ -12,6 +12,7 @@ from fastvit.ops import _sm90
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 HAS_KERNEL = IS_HOPPER and hasattr(torch.ops.fastvit_cuda, "attention_packed_fwd")
+HAS_BWD = IS_HOPPER and hasattr(torch.ops.fastvit_cuda, "attention_bwd")
 DIM = 64
 OP = sys.modules["fastvit.ops.attention"]  # the module; fastvit.ops.attention is the op
 
@@ -39,6 +40,28 @@ def prove(out, lse, q, k, v, scale=DIM**-0.5):
     scores = wide[0] @ wide[1].mT * scale
     error = (lse.double() - scores.logsumexp(-1)).abs().max()
     assert error <= 2e-6 * scores.abs().amax().clamp(min=8)
+
+
+def inputs_of_bwd(q, k, v, dout, scale=DIM**-0.5):
+    """What the backward is given besides: the forward's results, rounded once."""
+    wide = [t.double() for t in (q, k, v)]
+    out = reference.attention(*wide, scale=scale).to(q.dtype)
+    lse = (wide[0] @ wide[1].mT * scale).logsumexp(-1).float()
+    return dout, q, k, v, out, lse, scale
+
+
+def prove_bwd(grads, q, k, v, dout, scale=DIM**-0.5):
+    """``(dq, dk, dv)`` against float64, beside what stock PyTorch is off."""
+
+    def differentiate(attend, dtype):
+        leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in (q, k, v)]
+        return torch.autograd.grad(attend(*leaves, scale=scale), leaves, dout.to(dtype))
+
+    exact = differentiate(reference.attention, torch.float64)
+    stock = differentiate(F.scaled_dot_product_attention, q.dtype)
+    for name, *three in zip(("dq", "dk", "dv"), grads, stock, exact, strict=True):
+        assert three[0].dtype == q.dtype
+        testing.assert_as_accurate(*three, name)
 
 
 def stand_in(monkeypatch, library=cuda_on_cpu.attention):

@@ -26,7 +26,7 @@
 namespace hopper_on_cpu {
 
 constexpr int kLanes = 32;
-constexpr uint32_t kFirstAddress = 0x410;  // dynamic shared memory starts at any multiple of 16
+constexpr uint32_t kFirstAddress = 0x400;  // dynamic shared memory starts where its alignment says
 constexpr int kShared = 227 * 1024;
 
 struct MapFacts {  // in the 128 bytes that are the driver's own
@@ -44,12 +44,16 @@ struct Load {
   int due;  // the sweep from which on it may arrive
 };
 
+// Where a product's operands are: in shared memory with k running fastest; in shared memory with m and n fastest; or a
+// in registers, and b in shared memory with n fastest.
+enum class Operands { kAlong, kAcross, kRegisters };
+
 // A warp's 16 rows of a product of the warpgroup.
 struct Product {
   int n = 0, issued = 0, group[kLanes];
   uint64_t a = 0, b = 0;
-  bool a_in_registers = false, add = false, done = false;
-  bool is_bf16 = false;
+  Operands operands = Operands::kAlong;
+  bool is_bf16 = false, add = false, done = false;
   float* d[kLanes];
   const uint32_t* registers[kLanes];
 };
@@ -64,6 +68,7 @@ struct Lane {
   int shuffles = 0, products = 0, groups = 0, finished = 0, waits = 0;
   bool open = false, fenced = false;
   std::map<float*, Hidden> hidden;
+  std::vector<uint32_t> written;  // pieces of shared memory that products are not shown yet
 };
 
 struct Warp {
@@ -91,7 +96,8 @@ struct Block {
   std::mt19937 random;
   unsigned order = 0;
   std::string without;
-  uint32_t bytes = 0;  // of shared memory
+  uint32_t bytes = 0;                                                            // of shared memory
+  std::vector<bool> unseen = std::vector<bool>((kFirstAddress + kShared) / 16);  // its pieces of 16 bytes
   int sweep = 0;
 };
 
@@ -150,7 +156,9 @@ inline float value_of(uint16_t bits, bool is_bf16) {
 
 inline float operand(uint64_t descriptor, bool k_is_fastest, int mn, int k, bool is_bf16) {
   uint16_t bits;
-  std::memcpy(&bits, at_address(operand_address(descriptor, k_is_fastest, mn, k), 2), 2);
+  const uint32_t address = operand_address(descriptor, k_is_fastest, mn, k);
+  std::memcpy(&bits, at_address(address, 2), 2);
+  if (failure.empty() && block->unseen[address / 16]) failure = "a product reads what a thread has not shown it";
   return value_of(bits, is_bf16);
 }
 
@@ -159,13 +167,13 @@ inline void multiply(Warp& w, int first_row, Product& p) {
   for (int row = 0; row < 16; ++row) {
     for (int k = 0; k < 16; ++k) {
       const Place at = fragment_place(row, k);
-      a[row][k] = p.a_in_registers
+      a[row][k] = p.operands == Operands::kRegisters
                       ? value_of(uint16_t(p.registers[at.lane][at.value / 2] >> 16 * (at.value % 2)), p.is_bf16)
-                      : operand(p.a, true, first_row + row, k, p.is_bf16);
+                      : operand(p.a, p.operands == Operands::kAlong, first_row + row, k, p.is_bf16);
     }
   }
   for (int n = 0; n < p.n; ++n) {
-    for (int k = 0; k < 16; ++k) b[k] = operand(p.b, !p.a_in_registers, n, k, p.is_bf16);
+    for (int k = 0; k < 16; ++k) b[k] = operand(p.b, p.operands == Operands::kAlong, n, k, p.is_bf16);
     for (int row = 0; row < 16; ++row) {
       const Place at = accumulator_place(row, n);
       float& d = w.lanes[at.lane].hidden.at(p.d[at.lane]).values[at.value];
@@ -188,19 +196,18 @@ inline int issued(const Warp& w) {
   return count;
 }
 
-inline void issue(float* d, int n, uint64_t a, const uint32_t* registers, uint64_t b, bool add, bool is_bf16) {
+inline void issue(Operands operands, float* d, int n, uint64_t a, const uint32_t* registers, uint64_t b, bool add,
+                  bool is_bf16) {
   Warp& w = warp();
   Lane& l = lane();
   const int of_lane = thread() % kLanes;
   expect(l.fenced, "a product without a fence since registers were last touched");
-  if (registers == nullptr) check_descriptor(a);
+  if (operands != Operands::kRegisters) check_descriptor(a);
   check_descriptor(b);
   if (l.products == int(w.products.size())) w.products.emplace_back();
   Product& p = w.products[l.products++];
-  if (p.issued == 0) {
-    p.n = n, p.a = a, p.b = b, p.add = add, p.a_in_registers = registers != nullptr, p.is_bf16 = is_bf16;
-  }
-  expect(p.n == n && p.a == a && p.b == b && p.add == add && p.a_in_registers == (registers != nullptr),
+  if (p.issued == 0) p.n = n, p.a = a, p.b = b, p.add = add, p.operands = operands, p.is_bf16 = is_bf16;
+  expect(p.n == n && p.a == a && p.b == b && p.add == add && p.operands == operands,
          "the threads of a warp issue different products");
   p.d[of_lane] = d, p.registers[of_lane] = registers, p.group[of_lane] = l.groups;
   ++p.issued;

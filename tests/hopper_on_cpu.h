@@ -11,7 +11,7 @@ inline char* shared_memory() { return cpu::shared + cpu::kFirstAddress; }
 inline uint32_t shared_address(const void* p) { return cpu::address_of(p); }
 
 template <typename T>
-T shuffle_xor(T v, int mask) {
+T shuffle(T v, int from) {
   static_assert(sizeof(T) == 4);
   cpu::Warp& w = cpu::warp();
   const int of_lane = cpu::thread() % cpu::kLanes, number = cpu::lane().shuffles++;
@@ -22,8 +22,12 @@ T shuffle_xor(T v, int mask) {
     }
     return true;
   });
-  std::memcpy(&v, &w.exchanged[number % 2][of_lane ^ mask], 4);
+  std::memcpy(&v, &w.exchanged[number % 2][from], 4);
   return v;
+}
+template <typename T>
+T shuffle_xor(T v, int mask) {
+  return shuffle(v, cpu::thread() % cpu::kLanes ^ mask);
 }
 inline void sync_warp() { shuffle_xor(0.f, 0); }
 
@@ -90,11 +94,32 @@ void pin(float (&)[N]) {}
 
 template <typename T, int N>
 void multiply(float* d, uint64_t a, uint64_t b, bool add) {
-  cpu::issue(d, N, a, nullptr, b, add, std::is_same_v<T, __nv_bfloat16>);
+  cpu::issue(cpu::Operands::kAlong, d, N, a, nullptr, b, add, std::is_same_v<T, __nv_bfloat16>);
 }
 template <typename T, int N>
 void multiply(float* d, const uint32_t* a, uint64_t b, bool add) {
-  cpu::issue(d, N, 0, a, b, add, std::is_same_v<T, __nv_bfloat16>);
+  cpu::issue(cpu::Operands::kRegisters, d, N, 0, a, b, add, std::is_same_v<T, __nv_bfloat16>);
+}
+template <typename T, int N>
+void multiply_across(float* d, uint64_t a, uint64_t b, bool add) {
+  cpu::issue(cpu::Operands::kAcross, d, N, a, nullptr, b, add, std::is_same_v<T, __nv_bfloat16>);
+}
+
+// PTX ISA, stmatrix: a thread's word of a matrix belongs to row lane / 4, and has two of its columns.
+inline void store_matrices(void* row, const uint32_t* words) {
+  const uint32_t address = cpu::address_of(row), of_lane = cpu::thread() % cpu::kLanes;
+  cpu::expect(address % 16 == 0, "a matrix's row that does not start at a multiple of 16 bytes");
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const uint32_t to = shuffle(address, 8 * matrix + of_lane / 4) + of_lane % 4 * 4;
+    std::memcpy(cpu::at_address(to, 4), words + matrix, 4);
+    cpu::block->unseen[to / 16] = true;
+    cpu::lane().written.push_back(to / 16);
+  }
+}
+inline void show_writes() {
+  if (cpu::without("show_writes")) return;
+  for (const uint32_t piece : cpu::lane().written) cpu::block->unseen[piece] = false;
+  cpu::lane().written.clear();
 }
 
 using EncodeTiled = decltype(&cpu::encode);

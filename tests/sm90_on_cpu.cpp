@@ -131,6 +131,12 @@ cudaError_t launch_attention_fwd(const AttentionFwd& p, cudaStream_t) {
   return cudaGetLastError();
 }
 
+// Nothing here asks for it.
+template <DType DTYPE>
+cudaError_t launch_attention_bwd(const AttentionBwd&, cudaStream_t) {
+  return cudaErrorNotSupported;
+}
+
 #define FASTVIT_TILE(DTYPE, TILE)                                                                       \
   template cudaError_t launch_linear_act<DTYPE, TILE>(const LinearAct&, cudaStream_t);                  \
   template cudaError_t launch_linear_residual<DTYPE, TILE, DTYPE>(const LinearResidual&, cudaStream_t); \
@@ -143,5 +149,7 @@ template cudaError_t launch_linear_act_grad<DType::kBFloat16>(const LinearActGra
 template cudaError_t launch_linear_act_grad<DType::kFloat16>(const LinearActGrad&, cudaStream_t);
 template cudaError_t launch_attention_fwd<DType::kBFloat16>(const AttentionFwd&, cudaStream_t);
 template cudaError_t launch_attention_fwd<DType::kFloat16>(const AttentionFwd&, cudaStream_t);
+template cudaError_t launch_attention_bwd<DType::kBFloat16>(const AttentionBwd&, cudaStream_t);
+template cudaError_t launch_attention_bwd<DType::kFloat16>(const AttentionBwd&, cudaStream_t);
 
 }  // namespace fastvit::sm90

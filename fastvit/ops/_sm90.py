@@ -18,6 +18,7 @@ from torch import Tensor
 from . import _tiles
 
 MOST_KEYS, HEAD_DIMS, QUERIES = 272, (64, 80), 64  # of attention, see csrc/cuda/sm90/attention.h
+BWD_KEYS, BWD_HEAD_DIM = range(65, 257), 64  # half a block would idle with fewer
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -56,6 +57,11 @@ def why_not_attention(q: Tensor, keys: int, ops: Any = torch.ops.fastvit_cuda) -
     if q.shape[-2] > most:
         reasons.append(f"there are {q.shape[-2]} queries, Hopper's attention takes {most} beside {keys} keys")
     return reasons
+
+
+def has_attention_bwd(q: Tensor, keys: int, ops: Any = torch.ops.fastvit_cuda) -> bool:
+    """Whether there is a gradient of Hopper's attention here; else it is Triton's."""
+    return q.shape[-1] == BWD_HEAD_DIM and keys in BWD_KEYS and hasattr(ops, "attention_bwd")
 
 
 def for_tma(rows: Tensor) -> Tensor:

@@ -142,6 +142,9 @@ def _launch_bwd(backend, dout, q, k, v, attn_mask, is_causal, out, lse, scale, d
         cpp = _contract.compiled(backend)
         cpp.attention_bwd(dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv)
         return
+    if backend == "cuda" and _sm90.has_attention_bwd(q, k.shape[2], _hopper()):
+        _hopper().attention_bwd(dq, dk, dv, *map(_sm90.for_tma, (dout, q, k, v, out)), lse, scale)
+        return
     _kernels(q)[1](dout, q, k, v, out, lse, scale, dq, dk, dv)
 
 
@@ -154,7 +157,7 @@ def _kernels(q: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def _hopper() -> Any:
-    """csrc/cuda/sm90/attention.cpp. What it saves is what Triton's backward reads."""
+    """csrc/cuda/sm90/attention.cpp. What it saves is what Triton's backward reads, where it has none."""
     return torch.ops.fastvit_cuda
 
 
@@ -349,7 +352,7 @@ def _why_not_cuda(q, k, v, attn_mask, is_causal, dropout_p, scale, *heads):
         reasons.append("Hopper's attention has no masks, causal order, dropout, norms or rotation")
     if not scale > 0:
         reasons.append(f"scale is {scale}, Hopper's attention takes one above 0")
-    if any(t.requires_grad for t in (q, k, v)):
+    if any(t.requires_grad for t in (q, k, v)) and not _sm90.has_attention_bwd(q, k.shape[2], _hopper()):
         reasons += [f"the gradient is triton's: {reason}" for reason in _extension.why_not_triton()]
     return reasons
 

@@ -1,4 +1,4 @@
-// Glue: attention of sm90/attention_*.cu as torch.ops.fastvit_cuda.attention_fwd and attention_packed_fwd.
+// Glue: attention of sm90/attention_*.cu as torch.ops.fastvit_cuda.attention_fwd, attention_packed_fwd, attention_bwd.
 // fastvit/ops/attention.py calls them for what they take; what they are given beyond that is an error here.
 #include "cuda/sm90/attention.h"
 
@@ -27,22 +27,39 @@ DType check_dtype(const Checks& checks, const char* name, const Tensor& t) {
   return dtype;
 }
 
+void check_keys(const Checks& checks, const HeadSizes& p, int64_t most) {
+  checks.expect(p.keys >= 1 && p.keys <= most,
+                [&] { return "there are " + std::to_string(p.keys) + " keys, expected 1 to " + std::to_string(most); });
+}
+
+void check_heads(const Checks& checks, const HeadSizes& p, float scale) {
+  checks.expect(scale > 0, [&] { return "scale is " + std::to_string(scale) + ", expected a number > 0"; });
+  checks.expect(p.batch * p.heads < int64_t(1) << 31, [&] {
+    return "there are " + std::to_string(p.batch * p.heads) + " heads, expected fewer than 2147483648";
+  });
+}
+
 void check_sizes(const Checks& checks, const AttentionFwd& p) {
   checks.expect(p.dim == kHeadDims[0] || p.dim == kHeadDims[1], [&] {
     return "the head dim is " + std::to_string(p.dim) + ", expected " + std::to_string(kHeadDims[0]) + " or " +
            std::to_string(kHeadDims[1]);
   });
-  checks.expect(p.keys >= 1 && p.keys <= kMostKeys, [&] {
-    return "there are " + std::to_string(p.keys) + " keys, expected 1 to " + std::to_string(kMostKeys);
-  });
+  check_keys(checks, p, kMostKeys);
   checks.expect(p.queries <= most_queries(p.keys), [&] {
     return "there are " + std::to_string(p.queries) + " queries, expected at most " +
            std::to_string(most_queries(p.keys)) + " beside " + std::to_string(p.keys) + " keys";
   });
-  checks.expect(p.scale > 0, [&] { return "scale is " + std::to_string(p.scale) + ", expected a number > 0"; });
-  checks.expect(p.batch * p.heads < int64_t(1) << 31, [&] {
-    return "there are " + std::to_string(p.batch * p.heads) + " heads, expected fewer than 2147483648";
+  check_heads(checks, p, p.scale);
+}
+
+void check_sizes(const Checks& checks, const AttentionBwd& p) {
+  checks.expect(p.dim == kBwdDim,
+                [&] { return "the head dim is " + std::to_string(p.dim) + ", expected " + std::to_string(kBwdDim); });
+  check_keys(checks, p, kMostBwdKeys);
+  checks.expect(p.queries >= 1 && p.queries <= kMostBwdQueries, [&] {
+    return "there are " + std::to_string(p.queries) + " queries, expected 1 to " + std::to_string(kMostBwdQueries);
   });
+  check_heads(checks, p, p.scale);
 }
 
 // Fills in what is computed, and computes it.
@@ -77,15 +94,21 @@ HeadRows rows_of(const Checks& checks, const char* name, const Tensor& t, const 
   return rows;
 }
 
-// (out (B, Nq, H, D), lse (B, H, Nq)) of q (B, H, Nq, D), k and v (B, H, Nk, D)
-std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double scale) {
-  const Checks checks("attention", "q", q);
+// The dtype of q, k and v, which is one
+DType check_inputs(const Checks& checks, const Tensor& q, const Tensor& k, const Tensor& v) {
   const DType dtype = check_dtype(checks, "q", q);
   checks.same_dtype("k", check_dtype(checks, "k", k), "q", dtype);
   checks.same_dtype("v", check_dtype(checks, "v", v), "q", dtype);
   checks.expect(q.dim() == 4 && k.dim() == 4, [&] {
     return "q and k have shapes " + text(q.sizes()) + " and " + text(k.sizes()) + ", expected 4 dimensions";
   });
+  return dtype;
+}
+
+// (out (B, Nq, H, D), lse (B, H, Nq)) of q (B, H, Nq, D), k and v (B, H, Nk, D)
+std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, double scale) {
+  const Checks checks("attention", "q", q);
+  const DType dtype = check_inputs(checks, q, k, v);
   AttentionFwd p{};
   p.batch = q.size(0), p.heads = q.size(1), p.queries = q.size(2), p.keys = k.size(2), p.dim = q.size(3);
   p.scale = float(scale);
@@ -120,15 +143,50 @@ std::tuple<Tensor, Tensor> attention_packed_fwd(Tensor qkv, int64_t heads, doubl
   return run(p, qkv, dtype, {p.batch, p.queries, width});
 }
 
+// Into dq (B, H, Nq, D), dk and dv (B, H, Nk, D), from what attention_fwd was given and gave; out and dout like q.
+void attention_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+                   double scale) {
+  const Checks checks("attention", "q", q);
+  const DType dtype = check_inputs(checks, q, k, v);
+  AttentionBwd p{};
+  p.batch = q.size(0), p.heads = q.size(1), p.queries = q.size(2), p.keys = k.size(2), p.dim = q.size(3);
+  p.scale = float(scale);
+  check_sizes(checks, p);
+  const auto rows = [&](const char* name, const Tensor& t, int64_t tokens) {
+    checks.same_dtype(name, check_dtype(checks, name, t), "q", dtype);
+    return rows_of(checks, name, t, q, tokens);
+  };
+  p.q = rows("q", q, p.queries), p.k = rows("k", k, p.keys), p.v = rows("v", v, p.keys);
+  p.out = rows("out", out, p.queries), p.dout = rows("dout", dout, p.queries);
+  p.dq = rows("dq", dq, p.queries), p.dk = rows("dk", dk, p.keys), p.dv = rows("dv", dv, p.keys);
+  checks.expect(
+      lse.scalar_type() == ScalarType::Float && lse.is_contiguous() && lse.dim() == 3 && lse.size(0) == p.batch &&
+          lse.size(1) == p.heads && lse.size(2) == p.queries && lse.get_device() == q.get_device(),
+      [&] {
+        return "lse has shape " + text(lse.sizes()) + ", expected contiguous float32 (batch, heads, queries) beside q";
+      });
+  p.lse = static_cast<const float*>(lse.data_ptr());
+  const OnDevice device(q);
+  p.device = q.get_device_index();
+  if (p.batch * p.heads == 0) return;
+  check_launch("attention", dtype == DType::kBFloat16 ? launch_attention_bwd<DType::kBFloat16>(p, device.stream())
+                                                      : launch_attention_bwd<DType::kFloat16>(p, device.stream()));
+}
+
 }  // namespace
 }  // namespace fastvit::sm90
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvit_cuda, m) {
   m.def("attention_fwd(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)");
   m.def("attention_packed_fwd(Tensor qkv, int num_heads, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "attention_bwd(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor dout, Tensor q, Tensor k, Tensor v, Tensor "
+      "out,"
+      " Tensor lse, float scale) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CUDA, m) {
   m.impl("attention_fwd", TORCH_BOX(&fastvit::sm90::attention_fwd));
   m.impl("attention_packed_fwd", TORCH_BOX(&fastvit::sm90::attention_packed_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&fastvit::sm90::attention_bwd));
 }

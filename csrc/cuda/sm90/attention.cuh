@@ -67,21 +67,13 @@ struct AttentionGroup {
     if (lane() == 0) empty.arrive();
   }
 
-  // Tells the compiler that nothing is kept from before; no instruction comes of it. With values that live on through
-  // the loop it would let every product wait for the one before it.
-  template <typename Register, int N>
-  __device__ static void clear(Register (&registers)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) registers[i] = 0;
-  }
-
   __device__ void begin_scores(float (&scores)[kScores], const Place& at) const {
     const uint64_t q =
         describe(hopper::shared_address(shared.q(at.stage())) + at.block * kBlockRows * kRowBytes, Tiles::kQuerySlice);
     const uint64_t k = describe(hopper::shared_address(shared.k(at.stage())), Tiles::kKeySlice);
 #pragma unroll
-    for (int step = 0; step < DIM / 16; ++step) {  // 16 columns are 32 bytes of a row; descriptors count in 16
-      const int slice = step / 4, along = 2 * (step % 4);
+    for (int step = 0; step < DIM / 16; ++step) {
+      const int slice = step / 4, along = kAlong * (step % 4);
       const uint64_t of_q = q + slice * Tiles::kQuerySlice / 16 + along,
                      of_k = k + slice * Tiles::kKeySlice / 16 + along;
       constexpr int kFirst = KEYS < 256 ? KEYS : 256;
@@ -98,8 +90,7 @@ struct AttentionGroup {
     const uint64_t v = describe(hopper::shared_address(shared.v(at.stage())), Tiles::kKeySlice);
 #pragma unroll
     for (int step = 0; step < KEYS / 16; ++step) {
-      constexpr int kStep = 16 * kRowBytes / 16;  // across 16 rows
-      hopper::multiply<T, DIM>(out, weights + 4 * step, v + kStep * step, step > 0);
+      hopper::multiply<T, DIM>(out, weights + 4 * step, v + kAcross * step, step > 0);
     }
     hopper::products_commit();
   }
@@ -128,7 +119,7 @@ struct AttentionGroup {
   // Scores become weights, in the form of the second product's operand; `inverse` what is left to divide by.
   __device__ void weigh(const float (&scores)[kScores], const float (&maxima)[2], uint32_t (&weights)[kWeights],
                         float (&inverse)[2], const Place& at) const {
-    constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+    constexpr float kLn2 = 0.6931471805599453f;
     if (first_row(at) >= p.queries) {  // none of the warp's rows is stored
       clear(weights);
       return;
@@ -157,41 +148,9 @@ struct AttentionGroup {
   }
 
   __device__ void store_out(const float (&out)[kOut], const float (&inverse)[2], const Place& at) const {
-    if (first_row(at) >= p.queries) return;
     const int sample = head(at) / p.heads, of_sample = head(at) % p.heads;
     T* rows = static_cast<T*>(p.out) + (int64_t(sample) * p.queries * p.heads + of_sample) * DIM;
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const int query = first_row(at) + lane() / 4 + 8 * row;
-      T* to = rows + int64_t(query) * p.heads * DIM + 8 * (thread % 4);
-#pragma unroll
-      for (int part = 0; part < (kOut + 15) / 16; ++part) {
-        uint32_t words[4] = {};
-#pragma unroll
-        for (int i = 0; i < 4 && 4 * part + i < kOut / 4; ++i) {
-          const float* pair = out + 16 * part + 4 * i + 2 * row;
-          words[i] = pack<T>(pair[0] * inverse[row], pair[1] * inverse[row]);
-        }
-        gather_columns(words);
-        const bool inside = 32 * (part + 1) <= DIM || 32 * part + 8 * (thread % 4) < DIM;
-        if (inside && query < p.queries) store_16_bytes(to + 32 * part, words);
-      }
-    }
-  }
-
-  // Four threads hold two columns each of four times 8; each gets the 8 columns of one: a transpose of 4 x 4 words.
-  __device__ void gather_columns(uint32_t (&words)[4]) const {
-#pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2) {
-      const bool upper = thread & bit;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (i & bit) continue;
-        uint32_t &low = words[i], &high = words[i | bit];
-        const uint32_t got = hopper::shuffle_xor(upper ? low : high, bit);
-        (upper ? low : high) = got;
-      }
-    }
+    store_rows<T, DIM>(out, inverse, rows, int64_t(p.heads) * DIM, first_row(at), p.queries);
   }
 
   __device__ void run() const {
@@ -297,22 +256,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     if (group.has_work()) group.run();
   }
 #endif
-}
-
-// Loads of 64 columns and `rows` rows of a head. Rows past `tokens` come in as zeros, and columns past `dim`.
-inline bool encode_heads(CUtensorMap& map, DType dtype, const HeadRows& t, const AttentionFwd& p, int64_t tokens,
-                         int rows) {
-  const hopper::EncodeTiled encode = hopper::encode_tiled();
-  if (encode == nullptr) return false;
-  const cuuint64_t sizes[4] = {cuuint64_t(p.dim), cuuint64_t(tokens), cuuint64_t(p.heads), cuuint64_t(p.batch)};
-  // the stride of a dimension of one may be anything, but not to the driver
-  const auto bytes = [](int64_t size, int64_t stride) { return cuuint64_t(size == 1 ? kRowBytes : 2 * stride); };
-  const cuuint64_t strides[3] = {bytes(tokens, t.token), bytes(p.heads, t.head), bytes(p.batch, t.sample)};
-  const cuuint32_t box[4] = {64, cuuint32_t(rows), 1, 1}, steps[4] = {1, 1, 1, 1};
-  const auto type = dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return encode(&map, type, 4, t.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 // With few heads a block takes two blocks of queries, one a warpgroup, where there is room for all at once.

@@ -23,17 +23,38 @@ struct HeadRows {
   int64_t token, head, sample;
 };
 
+struct HeadSizes {
+  int64_t batch, heads, queries, keys, dim;
+};
+
 // out = softmax(scale q k^T) v, lse = log(sum(exp(scale q k^T))) with 1 to kMostKeys keys, 1 to most_queries(keys)
 // queries, fewer than 2^31 heads in all, and a head dim of kHeadDims
-struct AttentionFwd {
+struct AttentionFwd : HeadSizes {
   HeadRows q, k, v;
   void* out;   // (B, Nq, H, D) contiguous
   float* lse;  // (B, H, Nq)
-  int64_t batch, heads, queries, keys, dim;
   float scale;
   int device;
 };
 template <DType DTYPE>
 cudaError_t launch_attention_fwd(const AttentionFwd& p, cudaStream_t stream);
+
+// Numbers of keys that have a backward, all for one head dim
+constexpr int kBwdKeys[] = {128, 208, 256};
+constexpr int kBwdWidths = int(sizeof(kBwdKeys) / sizeof(kBwdKeys[0]));
+constexpr int kMostBwdKeys = kBwdKeys[kBwdWidths - 1];
+constexpr int kBwdDim = 64;
+constexpr int64_t kMostBwdQueries = int64_t(1) << 30;
+
+// dq, dk and dv of what AttentionFwd computes, from its out and lse: 1 to kMostBwdKeys keys,
+// 1 to kMostBwdQueries queries, fewer than 2^31 heads in all
+struct AttentionBwd : HeadSizes {
+  HeadRows q, k, v, out, dout, dq, dk, dv;
+  const float* lse;  // (B, H, Nq)
+  float scale;
+  int device;
+};
+template <DType DTYPE>
+cudaError_t launch_attention_bwd(const AttentionBwd& p, cudaStream_t stream);
 
 }  // namespace fastvit::sm90

@@ -1,14 +1,9 @@
 // What a block of attention.cuh holds in shared memory, and the warp that loads it.
 #pragma once
 
-#include "cuda/common.cuh"
-#include "cuda/sm90/attention.h"
-#include "cuda/sm90/hopper.cuh"
+#include "cuda/sm90/attention_rows.cuh"
 
 namespace fastvit::sm90 {
-
-template <DType DTYPE>
-using Half = std::conditional_t<DTYPE == DType::kBFloat16, __nv_bfloat16, __half>;
 
 // The next smaller number of keys that has a kernel.
 constexpr int fewer_keys(int keys) {
@@ -16,10 +11,6 @@ constexpr int fewer_keys(int keys) {
   for (int width : kKeys) found = width < keys ? width : found;
   return found;
 }
-
-constexpr int kRowBytes = 128;  // of a swizzled row: 64 values
-constexpr int kGroup = 128;     // threads of a warpgroup
-constexpr int kAttentionThreads = 3 * kGroup;
 
 // What a block holds: for each of STAGES heads q, k and v, rows of 128 bytes, and the barriers around them.
 template <int KEYS, int DIM>
@@ -31,10 +22,9 @@ struct AttentionTiles {
   static constexpr int kQueryBytes = kSlices * kQuerySlice;
   static constexpr int kParts = KEYS > 256 ? 2 : 1;  // of a tile: a load, as a product, has up to 256 rows
   static constexpr int kStageBytes = kQueryBytes + 2 * kKeyBytes;
-  static constexpr int kAlignment = 1024;  // of the swizzle's pattern
-  static constexpr int kLimit = 227 * 1024 - kAlignment - 256;
+  static constexpr int kLimit = 227 * 1024 - 256;
   static constexpr int kStages = kLimit / kStageBytes < 4 ? kLimit / kStageBytes : 4;
-  static constexpr int kBytes = kAlignment + kStages * kStageBytes + kStages * 4 * int(sizeof(hopper::Barrier));
+  static constexpr int kBytes = kStages * kStageBytes + kStages * 4 * int(sizeof(hopper::Barrier));
   // Whether scores of one block and weights of another fit a thread's registers together
   static constexpr bool kTogether = KEYS / 2 + KEYS / 4 + DIM / 2 <= 188, kStoresLate = KEYS / 2 + DIM / 2 <= 160;
   static_assert(kStages >= 1 && DIM % 16 == 0 && KEYS % 16 == 0 && KEYS / kParts % 8 == 0);
@@ -53,14 +43,9 @@ struct AttentionParams {
 template <int KEYS, int DIM>
 struct AttentionShared {
   using Tiles = AttentionTiles<KEYS, DIM>;
-  char* tiles;
-  hopper::Barrier* barriers;
+  char* const tiles = hopper::shared_memory();
+  hopper::Barrier* const barriers = reinterpret_cast<hopper::Barrier*>(tiles + Tiles::kStages * Tiles::kStageBytes);
 
-  __device__ AttentionShared() {
-    char* memory = hopper::shared_memory();
-    tiles = memory + (0u - hopper::shared_address(memory)) % Tiles::kAlignment;
-    barriers = reinterpret_cast<hopper::Barrier*>(tiles + Tiles::kStages * Tiles::kStageBytes);
-  }
   __device__ char* q(int stage) const { return tiles + stage * Tiles::kStageBytes; }
   __device__ char* k(int stage) const { return q(stage) + Tiles::kQueryBytes; }
   __device__ char* v(int stage) const { return k(stage) + Tiles::kKeyBytes; }
@@ -70,25 +55,6 @@ struct AttentionShared {
   __device__ hopper::Barrier& empty_scores(int stage) const { return barriers[4 * stage + 2]; }
   __device__ hopper::Barrier& empty_values(int stage) const { return barriers[4 * stage + 3]; }
 };
-
-// The descriptor of a matrix in rows of 128 bytes, swizzled in patterns of 8 rows; `slice` bytes between two slices of
-// 64 columns, which counts only where a product spans them.
-__device__ inline uint64_t describe(uint32_t address, int slice) {
-  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62;
-  constexpr uint64_t kEightRows = uint64_t(8 * kRowBytes / 16) << 32;
-  return kSwizzle128 | kEightRows | uint64_t(slice / 16) << 16 | uint64_t((address & 0x3ffff) >> 4);
-}
-
-template <typename T>
-__device__ inline uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(pair);
-  }
-}
 
 template <int KEYS, int DIM>
 __device__ inline void load_heads(const AttentionParams& p, const AttentionShared<KEYS, DIM>& shared) {

@@ -6,6 +6,7 @@
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
+#include <cute/arch/copy_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/arch/mma_sm90_gmma_ext.hpp>
@@ -15,8 +16,9 @@
 
 namespace fastvit::sm90::hopper {
 
+// Starts at a multiple of 1024 bytes, as the swizzle's pattern does.
 __device__ inline char* shared_memory() {
-  extern __shared__ char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 __device__ inline uint32_t shared_address(const void* p) { return cute::cast_smem_ptr_to_uint(p); }
@@ -96,11 +98,13 @@ struct Product;
   struct Product<__nv_bfloat16, N> {                                                         \
     using Shared = gmma::MMA_64x##N##x16_F32BF16BF16_SS<gmma::Major::K, gmma::Major::K>;     \
     using Registers = gmma::MMA_64x##N##x16_F32BF16BF16_RS<gmma::Major::K, gmma::Major::MN>; \
+    using Across = gmma::MMA_64x##N##x16_F32BF16BF16_SS<gmma::Major::MN, gmma::Major::MN>;   \
   };                                                                                         \
   template <>                                                                                \
   struct Product<__half, N> {                                                                \
     using Shared = gmma::MMA_64x##N##x16_F32F16F16_SS<gmma::Major::K, gmma::Major::K>;       \
     using Registers = gmma::MMA_64x##N##x16_F32F16F16_RS<gmma::Major::K, gmma::Major::MN>;   \
+    using Across = gmma::MMA_64x##N##x16_F32F16F16_SS<gmma::Major::MN, gmma::Major::MN>;     \
   };
 FASTVIT_PRODUCT(16)
 FASTVIT_PRODUCT(64)
@@ -134,6 +138,20 @@ template <typename T, int N>
 __device__ inline void multiply(float* d, const uint32_t* a, uint64_t b, bool add) {
   detail::multiply<typename detail::Product<T, N>::Registers>(d, a, b, add, std::make_index_sequence<N / 2>());
 }
+
+// Both in shared memory, m and n running fastest.
+template <typename T, int N>
+__device__ inline void multiply_across(float* d, uint64_t a, uint64_t b, bool add) {
+  detail::multiply<typename detail::Product<T, N>::Across>(d, a, b, add, std::make_index_sequence<N / 2>());
+}
+
+// Four matrices of 8 x 8 values from a warp's registers, a word of each in every thread, as in products' results.
+// Thread 8 m + i says where row i of matrix m goes: 16 bytes.
+__device__ inline void store_matrices(void* row, const uint32_t* words) {
+  cute::SM90_U32x4_STSM_N::copy(words[0], words[1], words[2], words[3], *static_cast<cute::uint128_t*>(row));
+}
+// This thread's writes to shared memory, to products that begin after the next barrier.
+__device__ inline void show_writes() { cutlass::arch::fence_view_async_shared(); }
 
 // cuTensorMapEncodeTiled of the driver, which nothing here is linked to; null where it is too old.
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);

@@ -1,0 +1,11 @@
+// The bfloat16 kernels of attention_bwd.cuh.
+#include "cuda/sm90/attention_bwd.cuh"
+
+namespace fastvit::sm90 {
+
+template <>
+cudaError_t launch_attention_bwd<DType::kBFloat16>(const AttentionBwd& p, cudaStream_t stream) {
+  return launch_attention_bwd_of<DType::kBFloat16>(p, stream);
+}
+
+}  // namespace fastvit::sm90
