@@ -37,6 +37,7 @@ KERNEL_TESTS = (
     "test_*_kernel.py",
     "test_block_plan_gpu.py",
     "test_cuda_attention.py",
+    "test_cuda_attention_bwd.py",
     "test_cuda_kernels.py",
     "test_cuda_sm90.py",
     "test_joint_gradient.py",

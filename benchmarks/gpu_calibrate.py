@@ -96,7 +96,7 @@ class Calibration:
             with torch.no_grad():
                 self.passes()
                 self.products()
-                self.attentions()
+            self.attentions()
 
     def copy(self) -> None:
         source, target = self.randn(self.copy_elements), self.randn(self.copy_elements)
@@ -174,31 +174,52 @@ class Calibration:
                 )
 
     def attentions(self) -> None:
-        """Forward on a packed projection: PyTorch's, Triton's and Hopper's, in turns."""
+        """On a packed projection: PyTorch's, Triton's and Hopper's, in turns, forward and backward."""
         if _sm90.why_not_built():
             return
         for tokens in (197, 50, 256):
-            qkv = self.randn(self.batch, tokens, 3 * 768)
-            q, k, v = reference.unpack_qkv(qkv, 12)
+            size = 2.0 * self.batch * tokens * 768
+            flops = 2.0 * size * tokens
+            with torch.no_grad():
+                self.compare(self.attention_forwards(tokens), flops, 4 * size)
+            self.compare(self.attention_backwards(tokens), 2.5 * flops, 8 * size)
 
-            def stock(_: Any, backend: SDPBackend, given: tuple[Tensor, ...] = (q, k, v)) -> Tensor:
-                with sdpa_kernel(backend):
-                    return F.scaled_dot_product_attention(*given)
+    def attention_forwards(self, tokens: int) -> list[Candidate]:
+        return [
+            Candidate(f"attention-{tokens}-{name}", lambda given, run=run: run(*given), lambda given=given: given)
+            for name, run, given in self.attention_runs(tokens)
+        ]
 
-            def ours(_: Any, backend: str, qkv: Tensor = qkv) -> Tensor:
-                with use_backend(attention_packed=backend):
-                    return ops.attention_packed(qkv, 12)
+    def attention_backwards(self, tokens: int) -> list[Candidate]:
+        dout = self.randn(self.batch, tokens, 768)
 
-            sdpa = [
-                Candidate(f"attention-{tokens}-{name}", functools.partial(stock, backend=backend))
-                for name, backend in ATTENTIONS.items()
-            ]
-            fused = [
-                Candidate(f"attention-{tokens}-{backend}", functools.partial(ours, backend=backend))
-                for backend in ("triton", "cuda")
-            ]
-            size = 2.0 * q.numel()
-            self.compare([*sdpa, *fused], 4.0 * size / 2 * tokens, 4 * size)
+        def candidate(name: str, run: Callable[..., Tensor], given: tuple[Tensor, ...]) -> Candidate:
+            leaves = [t.detach().requires_grad_() for t in given]
+            like = dout if len(leaves) == 1 else dout.unflatten(-1, (12, 64)).transpose(1, 2)
+
+            def backward(out: Tensor) -> Any:
+                return torch.autograd.grad(out, leaves, like)
+
+            return Candidate(f"attention-{tokens}-{name}-bwd", backward, lambda: run(*leaves))
+
+        return [candidate(*each) for each in self.attention_runs(tokens)]
+
+    def attention_runs(self, tokens: int) -> Iterator[tuple[str, Callable[..., Tensor], tuple[Tensor, ...]]]:
+        """Names, functions and what they take."""
+        qkv = self.randn(self.batch, tokens, 3 * 768)
+
+        def stock(*heads: Tensor, backend: SDPBackend) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*heads)
+
+        def ours(packed: Tensor, backend: str) -> Tensor:
+            with use_backend(attention_packed=backend):
+                return ops.attention_packed(packed, 12)
+
+        for name, backend in ATTENTIONS.items():
+            yield name, functools.partial(stock, backend=backend), reference.unpack_qkv(qkv, 12)
+        for name in ("triton", "cuda"):
+            yield name, functools.partial(ours, backend=name), (qkv,)
 
     def products(self) -> None:
         """fc1 + bias + GELU, fc2 + bias + residual and fc2's gradient through GELU: stock calls, and ours by tile."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 import fastvit
-from fastvit import _extension, testing
+from fastvit import _extension, reference, testing
 from fastvit.ops import _sm90
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -80,6 +80,16 @@ def attentions() -> Iterator[tuple[str, Callable[[], object]]]:
         for batch, tokens, dim in [*sizes, (100, 197, 64)]:
             qkv = torch.randn(batch, tokens, 3 * 3 * dim, device="cuda", dtype=dtype)
             yield f"attention {dtype} {tokens} {dim}", functools.partial(ops.attention_packed_fwd, qkv, 3, 0.125)
+            if dim == _sm90.BWD_HEAD_DIM and tokens <= _sm90.BWD_KEYS[-1]:
+                yield f"attention bwd {dtype} {tokens}", functools.partial(attention_bwd, qkv)
+
+
+def attention_bwd(qkv: torch.Tensor) -> None:
+    ops, dqkv = torch.ops.fastvit_cuda, torch.empty_like(qkv)
+    q, k, v = reference.unpack_qkv(qkv, 3)
+    out, lse = ops.attention_fwd(q, k, v, 0.125)
+    out = out.transpose(1, 2)
+    ops.attention_bwd(*reference.unpack_qkv(dqkv, 3), out, q, k, v, out, lse, 0.125)
 
 
 def main() -> int:
