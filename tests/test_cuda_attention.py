@@ -158,6 +158,19 @@ def test_strides(device):
         prove(out, lse, q, k, v, 0.2)
 
 
+@pytest.mark.parametrize("order", range(4))
+@pytest.mark.parametrize(
+    ("queries", "keys", "dim"), [(1, 50, 64), (1, 160, 64), (64, 257, 64), (1, 70, 80), (1, 197, 80), (64, 257, 80)]
+)
+def test_one_block_of_queries(device, monkeypatch, queries, keys, dim, order):
+    """Then a head is one warpgroup's, and the next one the other's; from one stage to four, each filled again."""
+    monkeypatch.setenv(ORDER, str(order))
+    batch = 100 if device == "cuda" else 3
+    q = draw(batch, queries, 3, dim, device=device).transpose(1, 2)
+    k, v = (draw(batch, 3, keys, dim, device=device, seed=seed) for seed in (1, 2))
+    prove(*ops_of(device).attention_fwd(q, k, v, dim**-0.5), q, k, v, dim**-0.5)
+
+
 def test_one_of_each(device):
     """Strides of dimensions of one may be anything, even what TMA cannot take."""
     q = draw(1, 1, 1, DIM, device=device).as_strided((1, 1, 1, DIM), (3, 0, 5, 1))
