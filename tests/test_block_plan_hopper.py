@@ -430,6 +430,20 @@ def test_plans_are_bounded(monkeypatch):
         assert 1 <= len(block_plan._plans) <= 3
 
 
+def test_another_thread_clears_the_plans(planned, monkeypatch):
+    class Cleared(dict):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    made, x = warmed()
+    monkeypatch.setattr(block_plan, "_plans", Cleared(block_plan._plans))
+    for _ in range(2):
+        made(x)
+    assert planned == [True] * 4
+
+
 def test_a_plan_of_another_layout_is_left():
     made, x = warmed()
     expected = made(x)
