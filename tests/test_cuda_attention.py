@@ -81,6 +81,15 @@ def test_one_head(device, monkeypatch, tokens, dim, order):
     assert torch.equal(lse[0], lse_among[1])
 
 
+@pytest.mark.parametrize("order", range(4))
+@pytest.mark.parametrize(("tokens", "dim"), [(197, 64), (257, 64), (257, 80)])
+def test_heads_in_shares(emulated, monkeypatch, tokens, dim, order):
+    """On more multiprocessors, as a GPU has them: of five blocks of queries, a third share has one that is empty."""
+    monkeypatch.setenv(ORDER, str(order))
+    monkeypatch.setenv(cuda_on_cpu.MORE, "9")
+    prove_packed(emulated, packed(1, tokens, 3, dim=dim), 3)
+
+
 @pytest.mark.parametrize("order", [1, *range(2, 10)])
 @pytest.mark.parametrize(
     ("tokens", "dim"), [*((n, 64) for n in (37, 150, 197, 250, 257)), (70, 80), (160, 80), (257, 80)]
