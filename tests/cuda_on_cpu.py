@@ -27,6 +27,7 @@ ATTENTION = [*sorted((CUDA / "sm90").glob("attention*")), *sorted(TESTS.glob("ho
 GLUE = ("runtime.cpp", "layernorm_mlp.cpp", "ops.cpp", "block.cpp", "attention.cpp")
 STANDS_FOR = {"hopper_on_cpu.h": "hopper.cuh"}
 MULTIPROCESSORS = 2
+MORE = "FASTVIT_CUDA_ON_CPU_MULTIPROCESSORS"  # the number of them that launches find instead
 
 FAILURE = "FASTVIT_CUDA_ON_CPU_FAILS"  # the number of an error: what every launch then ends in
 RUNTIME = f"""
@@ -36,7 +37,11 @@ RUNTIME = f"""
 #include <cstdlib>
 extern "C" {{
 cudaError_t cudaGetDevice(int* device) {{ *device = 0; return cudaSuccess; }}
-cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr, int) {{ *v = {MULTIPROCESSORS}; return cudaSuccess; }}
+cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr, int) {{
+  const char* number = std::getenv("{MORE}");
+  *v = number == nullptr ? {MULTIPROCESSORS} : std::atoi(number);
+  return cudaSuccess;
+}}
 cudaError_t cudaGetLastError() {{
   const char* number = std::getenv("{FAILURE}");
   return number == nullptr ? cudaSuccess : cudaError_t(std::atoi(number));

@@ -71,7 +71,16 @@ def test_passes_of_vectors_move_16_bytes(aot):
 @pytest.mark.parametrize("name", ["layernorm_fwd_kernel<bf16, bf16, 3>", PRODUCT.format(1)])
 def test_what_starts_early_waits(aot, name):
     """A launch that overlaps, of a kernel without the wait, reads what is not written yet."""
-    for arch, body, found in ((90, "", True), (90, "  ACQBULK ;", False), (80, "", False)):
+    load, tma, tasks = "  LDG.E.128 R4, [R2.64] ;", "  UTMALDG.4D [UR8], [UR24] ;", "  USETMAXREG.DEALLOC 0x18 ;"
+    for arch, body, found in (
+        (90, "", True),
+        (90, "  ACQBULK ;", False),
+        (80, "", False),
+        (90, f"  ACQBULK ;{load}", False),
+        (90, f"{load}  ACQBULK ;", True),
+        (90, f"{tasks}{load}  ACQBULK ;{tma}", False),
+        (90, f"{tasks}{tma}  ACQBULK ;", True),
+    ):
         row = {"kernel": name.replace("fastvit::", ""), "arch": arch, "problems": []}
         row |= aot.count_instructions(f"Function : kernel\n{body}\n")["kernel"]
         assert bool(aot.check_wait(row)) == found

@@ -1,41 +1,61 @@
-"""A block's inference in one call on a Hopper GPU: the bits of the ops, on any stream, in a CUDA graph."""
+"""A block's inference in one call on a Hopper GPU: the bits of the ops, on any stream, in a CUDA graph.
 
+The same tests run in small on the CPU, as kernels in loops: what they expect of a GPU is tried out there.
+"""
+
+from contextlib import ExitStack
 from functools import partial
 
+import cuda_on_cpu
 import pytest
 import torch
 from block_plans import by_ops, runs_of_plans
+from hopper_attention import stand_in
 
 from fastvit import block_plan, fused, layers, use_backend
 
 pytest.importorskip("triton", reason="triton is not installed")
 from fastvit.kernels import _launch
 
-HAS_PLANS = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and _launch.REPLAYED
-pytestmark = pytest.mark.skipif(
-    not (HAS_PLANS and hasattr(torch.ops.fastvit_cuda, "block")), reason="blocks have plans on compute capability 9.0"
-)
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+HAS_PLANS = IS_HOPPER and _launch.REPLAYED and hasattr(torch.ops.fastvit_cuda, "block")
+ON_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not HAS_PLANS, reason="plans are of compute capability 9.0"))
+IN_SMALL = pytest.param("cpu", marks=pytest.mark.skipif(bool(cuda_on_cpu.why_not()), reason=cuda_on_cpu.why_not()))
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
+@pytest.fixture(params=[ON_GPU, IN_SMALL])
+def device(request):
+    return request.param
+
+
 @pytest.fixture(autouse=True)
-def planned(monkeypatch):
-    monkeypatch.setattr(block_plan, "_plans", {})
-    with torch.no_grad():
+def planned(device, monkeypatch):
+    """Whether each call that had a plan ran it; no launch and no plan is there from before."""
+    from hopper_on_cpu import hopper
+
+    with torch.no_grad(), ExitStack() as stack:
+        if device == "cpu":
+            stack.enter_context(hopper())
+            stand_in(stack.enter_context(pytest.MonkeyPatch.context()), cuda_on_cpu.library)
+        monkeypatch.setattr(block_plan, "_plans", {})
+        monkeypatch.setattr(_launch, "_kept", {})
         yield runs_of_plans(monkeypatch)
 
 
-def block_and_input(batch, tokens, dtype=BF16, stream=None, width=768, **options):
+def block_and_input(device, batch, tokens, dtype=BF16, stream=None, width=768, **options):
     torch.manual_seed(0)
-    made = layers.Block(width, width // 64, qkv_bias=True, **options).cuda().to(dtype).eval()
-    return made, torch.randn(batch, tokens, width, device="cuda").to(stream or dtype)
+    if device == "cpu":
+        batch, tokens, width = min(batch, 2), min(tokens, 9), 128
+    made = layers.Block(width, width // 64, qkv_bias=True, **options).to(device, dtype).eval()
+    return made, torch.randn(batch, tokens, width, device=device).to(stream or dtype)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("stream", ["same", "float32"])
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 197), (8, 197), (3, 50), (2, 577)])
-def test_the_bits_of_the_ops(batch, tokens, stream, dtype, planned):
-    made, x = block_and_input(batch, tokens, dtype, F32 if stream == "float32" else None, init_values=0.3)
+def test_the_bits_of_the_ops(device, batch, tokens, stream, dtype, planned):
+    made, x = block_and_input(device, batch, tokens, dtype, F32 if stream == "float32" else None, init_values=0.3)
     for forward in (made, partial(fused.class_token_block_forward, made)):
         first, second = forward(x), forward(x)
         assert torch.equal(first, second)
@@ -44,9 +64,9 @@ def test_the_bits_of_the_ops(batch, tokens, stream, dtype, planned):
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 197), (8, 197), (2, 257), (3, 50)])
-def test_hoppers_own_attention(batch, tokens, planned):
+def test_hoppers_own_attention(device, batch, tokens, planned):
     """By name; its plan needs no launch before it."""
-    made, x = block_and_input(batch, tokens)
+    made, x = block_and_input(device, batch, tokens)
     with use_backend(attention="cuda", attention_packed="cuda"):
         for forward in (made, partial(fused.class_token_block_forward, made)):
             assert torch.equal(forward(x), by_ops(forward, x))
@@ -54,9 +74,9 @@ def test_hoppers_own_attention(batch, tokens, planned):
 
 
 @pytest.mark.parametrize("attention", ["triton", "cuda"])
-def test_many_blocks_one_after_the_other(attention, planned):
+def test_many_blocks_one_after_the_other(device, attention, planned):
     """Each writes where the one before has read: the kernels overlap."""
-    made, x = block_and_input(1, 197)
+    made, x = block_and_input(device, 1, 197)
     with use_backend(attention_packed=attention):
         made(x)
         planned.clear()
@@ -69,8 +89,9 @@ def test_many_blocks_one_after_the_other(attention, planned):
     assert planned == [True] * 50
 
 
-def test_on_another_stream_and_in_a_graph(planned):
-    made, x = block_and_input(1, 197)
+@pytest.mark.parametrize("device", [ON_GPU], indirect=True)
+def test_on_another_stream_and_in_a_graph(device, planned):
+    made, x = block_and_input(device, 1, 197)
     expected = by_ops(made, x)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -85,4 +106,4 @@ def test_on_another_stream_and_in_a_graph(planned):
     x.add_(1)
     graph.replay()
     assert torch.equal(captured, by_ops(made, x))
-    assert planned == [True, True]
+    assert planned == [True] * 3  # the ops have made the launch before

@@ -1,7 +1,10 @@
 """A block's inference on Hopper in one call: the bits of the four ops, and never a plan where anything is unusual."""
 
 import dataclasses
+import re
+import struct
 import warnings
+from types import SimpleNamespace
 
 import cuda_on_cpu
 import pytest
@@ -12,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvit import block_plan, fused, layers
+from fastvit import block_plan, fused, layers, reference
 from fastvit.dispatch import OPS, explaining, recording, use_backend
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -381,6 +384,32 @@ def test_a_plan_with_hoppers_own_attention(shape, dtype, planned):
     assert planned == [True] * 4
 
 
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize(("batch", "length", "heads", "dim"), [(1, 197, 12, 64), (2, 577, 12, 64), (3, 50, 3, 80)])
+def test_the_parameters_of_what_triton_compiles(batch, length, heads, dim, class_token):
+    """compiled_kernel.h passes what the binary's entry lists: five pointers, the numbers, two areas of scratch."""
+    from fastvit.block_plan import plan
+    from fastvit.kernels import _launch, attention, attention_few
+
+    parts = SimpleNamespace(qkv=(torch.empty(3 * heads * dim, 8, dtype=BF16), None), heads=(heads, 0.0, 0.125))
+    given = plan.empty_heads(parts, torch.empty(batch, length, 8), class_token)
+    q, k, v = given if class_token else reference.unpack_qkv(*given, heads)
+    out, lse = attention_few._results(q)
+    limits = () if class_token else (_launch.Limits.of_arch(90),)
+    launch = (attention_few if class_token else attention)._fwd_launch(q, k, v, out, lse, 0.125, *limits)
+    compiled = launch.aot_case("").compile(90)
+    compiled.function = 7
+    replay = _launch.Replay.of(launch, compiled)
+    function, x, y, z, threads, shared, count = struct.unpack_from("=Q6I", replay.packed())
+    entry = re.search(r"\.entry \w+\((.*?)\)", compiled.asm["ptx"], re.DOTALL)[1]
+    kinds = {"i32": "u32", "i64": "u64", "fp32": "f32"}
+    numbers = [kinds[kind] for kind in compiled.src.signature.values() if kind in kinds]
+    assert re.findall(r"\.param \.(\w+)", entry) == ["u64"] * 5 + numbers + ["u64"] * 2
+    assert (function, x, y, z, count) == (7, *launch.grid, *(1,) * (3 - len(launch.grid)), len(numbers))
+    assert f".reqntid {threads}" in compiled.asm["ptx"]
+    assert shared == compiled.metadata.shared
+
+
 def test_another_triton_or_no_products(planned, monkeypatch):
     from fastvit.kernels import _launch
 
@@ -399,6 +428,20 @@ def test_plans_are_bounded(monkeypatch):
         x = torch.randn(1, length, WIDTH).to(BF16)
         made(x), made(x)
         assert 1 <= len(block_plan._plans) <= 3
+
+
+def test_another_thread_clears_the_plans(planned, monkeypatch):
+    class Cleared(dict):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    made, x = warmed()
+    monkeypatch.setattr(block_plan, "_plans", Cleared(block_plan._plans))
+    for _ in range(2):
+        made(x)
+    assert planned == [True] * 4
 
 
 def test_a_plan_of_another_layout_is_left():

@@ -51,6 +51,11 @@ def cutlass_headers():
     return Path(spec.submodule_search_locations[0]) / "source" / "include" if spec else None
 
 
+def many(device):
+    """Samples of three heads each, so that a block of the grid takes more heads than it has stages."""
+    return 300 if device == "cuda" else 3
+
+
 def prove_packed(ops, qkv, heads, scale=DIM**-0.5):
     out, lse = ops.attention_packed_fwd(qkv, heads, scale)
     prove(out.unflatten(-1, (heads, -1)), lse, *reference.unpack_qkv(qkv, heads), scale)
@@ -60,7 +65,7 @@ def prove_packed(ops, qkv, heads, scale=DIM**-0.5):
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_packed(device, dtype, tokens, dim):
     """More heads than blocks of the grid, so that every stage is filled more than once."""
-    prove_packed(ops_of(device), packed(3, tokens, 3, dtype, device, dim=dim), 3)
+    prove_packed(ops_of(device), packed(many(device), tokens, 3, dtype, device, dim=dim), 3)
 
 
 @pytest.mark.parametrize("order", range(4))
@@ -74,6 +79,15 @@ def test_one_head(device, monkeypatch, tokens, dim, order):
     among, lse_among = ops_of(device).attention_packed_fwd(qkv.expand(3, -1, -1).contiguous(), 1, 0.125)
     assert torch.equal(alone[0], among[1])
     assert torch.equal(lse[0], lse_among[1])
+
+
+@pytest.mark.parametrize("order", range(4))
+@pytest.mark.parametrize(("tokens", "dim"), [(197, 64), (257, 64), (257, 80)])
+def test_heads_in_shares(emulated, monkeypatch, tokens, dim, order):
+    """On more multiprocessors, as a GPU has them: of five blocks of queries, a third share has one that is empty."""
+    monkeypatch.setenv(ORDER, str(order))
+    monkeypatch.setenv(cuda_on_cpu.MORE, "9")
+    prove_packed(emulated, packed(1, tokens, 3, dim=dim), 3)
 
 
 @pytest.mark.parametrize("order", [1, *range(2, 10)])
@@ -158,6 +172,18 @@ def test_strides(device):
         prove(out, lse, q, k, v, 0.2)
 
 
+@pytest.mark.parametrize("order", range(4))
+@pytest.mark.parametrize(
+    ("queries", "keys", "dim"), [(1, 50, 64), (1, 160, 64), (64, 257, 64), (1, 70, 80), (1, 197, 80), (64, 257, 80)]
+)
+def test_one_block_of_queries(device, monkeypatch, queries, keys, dim, order):
+    """Then a head is one warpgroup's, and the next one the other's; from one stage to four, each filled again."""
+    monkeypatch.setenv(ORDER, str(order))
+    q = draw(many(device), queries, 3, dim, device=device).transpose(1, 2)
+    k, v = (draw(many(device), 3, keys, dim, device=device, seed=seed) for seed in (1, 2))
+    prove(*ops_of(device).attention_fwd(q, k, v, dim**-0.5), q, k, v, dim**-0.5)
+
+
 def test_one_of_each(device):
     """Strides of dimensions of one may be anything, even what TMA cannot take."""
     q = draw(1, 1, 1, DIM, device=device).as_strided((1, 1, 1, DIM), (3, 0, 5, 1))
@@ -221,7 +247,7 @@ def test_nothing(device):
 
 
 def test_runs_are_the_same(device):
-    qkv = packed(2, 197, 3, device=device)
+    qkv = packed(many(device), 197, 3, device=device)
     runs = [ops_of(device).attention_packed_fwd(qkv, 3, 0.125) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 

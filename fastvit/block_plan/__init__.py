@@ -25,6 +25,7 @@ __all__ = ["class_token_heads", "class_token_linears", "run_block"]
 
 _MOST_KEPT = 1024
 _plans: dict[tuple, Plan | None] = {}
+_UNKNOWN: Any = object()
 
 
 def run_block(parts: BlockParts, x: Tensor, memory: str = "default", *, class_token: bool = False) -> Tensor | None:
@@ -33,7 +34,9 @@ def run_block(parts: BlockParts, x: Tensor, memory: str = "default", *, class_to
         return None
     way = hopper if _is_on_gpu(x) else cpp
     key = way.key(parts, x, memory, class_token)
-    plan = _plans[key] if key in _plans else _find_plan(way, key, parts, x, memory, class_token)
+    plan = _plans.get(key, _UNKNOWN)  # one question: another thread may clear them
+    if plan is _UNKNOWN:
+        plan = _find_plan(way, key, parts, x, memory, class_token)
     return None if plan is None or plan.is_outdated() else _run(plan, parts, x)
 
 

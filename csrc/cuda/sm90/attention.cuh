@@ -34,11 +34,15 @@ struct AttentionGroup {
   __device__ AttentionGroup(const AttentionParams& params, const AttentionShared<KEYS, DIM>& memory, int number)
       : p(params), shared(memory), group(number), thread(threadIdx.x % kGroup) {
     const int items = (p.items - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x);
-    const int all = items * p.blocks, first = (all + 1) / 2, second = all / 2;
+    const int all = items * p.blocks, first = (all + apart() - 1) / apart(), second = all - first;
     // one turn more than blocks: the last one's second product
     mine = (group == 0 ? first : second) + 1;
     others = (group == 0 ? second : first) + 1;
   }
+
+  // Every other block is a group's, but for heads of one block in a single stage. There one group takes them all: who
+  // waits for a barrier's phase must have seen the one before it, or a parity says too early that it has ended.
+  __device__ int apart() const { return Tiles::kStages == 1 && p.blocks == 1 ? 1 : 2; }
 
   __device__ bool has_work() const { return mine > 1; }
   __device__ int lane() const { return thread % kWarp; }
@@ -50,7 +54,7 @@ struct AttentionGroup {
   __device__ void step(Place& at, int by) const {
     for (at.block += by; at.block >= p.blocks; at.block -= p.blocks) at.item += gridDim.x, ++at.turn;
   }
-  __device__ bool is_last_of_item(const Place& at) const { return at.block + 2 >= p.blocks; }
+  __device__ bool is_last_of_item(const Place& at) const { return at.block + apart() >= p.blocks; }
 
   // The tensor cores are given from one group to the other: 0, 1, 0, 1, ... A group without work has no turns.
   __device__ void turn_begin(int turn) const {
@@ -173,7 +177,7 @@ struct AttentionGroup {
 
     for (int turn = 1; turn < mine - 1; ++turn) {
       Place next = at;
-      step(next, 2);
+      step(next, apart());
       shared.full_scores(next.stage()).wait(next.parity());
       shared.full_values(at.stage()).wait(at.parity());
       turn_begin(turn);
