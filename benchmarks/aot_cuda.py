@@ -33,11 +33,9 @@ VECTOR_KERNEL = re.compile(r"pass_kernel<8,|layer_scale_bwd_kernel<\w+, 8>|layer
 # What launch_overlapping and sm90's launch start while the kernel before is still running; see csrc/cuda/common.cuh
 OVERLAPPING = re.compile(r"layernorm_fwd_kernel<|device_kernel<sm90::|attention_(fwd|bwd)_kernel<")
 DTYPES, TILES = ("fp32", "fp16", "bf16"), ("large", "small")
-# A product's name: op, dtype, the tile where there are two, the residual stream's dtype and the shared memory it asks
+# A product's name: op, dtype, tile, the residual stream's dtype and the shared memory it asks
 # for; see csrc/cuda/sm90
-PRODUCT = re.compile(
-    r"device_kernel<sm90::(\w+)Kernel<\(DType\)(\d), (?:\(sm90::Tile\)(\d), )?(?:\(DType\)(\d), )?(\d+)>"
-)
+PRODUCT = re.compile(r"device_kernel<sm90::(\w+)Kernel<\(DType\)(\d), \(sm90::Tile\)(\d), (?:\(DType\)(\d), )?(\d+)>")
 
 # Direction, dtype, keys, the forward's head dim, shared memory
 ATTENTION = re.compile(r"sm90::attention_(fwd|bwd)_kernel<\(DType\)(\d), (\d+), (?:(\d+), )?(\d+)>")
@@ -135,8 +133,7 @@ def name_product(row: dict) -> dict:
         return row
     op = re.sub(r"(?<!^)(?=[A-Z])", "_", match[1]).lower()
     dtype, stream = DTYPES[int(match[2])], DTYPES[int(match[4] or match[2])]
-    tile = [TILES[int(match[3])]] if match[3] else []
-    name = " ".join([op, dtype, *tile]) + (f" {stream} stream" if stream != dtype else "")
+    name = " ".join([op, dtype, TILES[int(match[3])]]) + (f" {stream} stream" if stream != dtype else "")
     return check_hopper(row | {"kernel": name, "shared": int(match[5])})
 
 

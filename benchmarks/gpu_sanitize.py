@@ -66,10 +66,10 @@ def products() -> Iterator[tuple[str, Callable[[], object]]]:
                     f"linear_residual {name} {tile} {residual.dtype}",
                     functools.partial(ops.linear_residual, x, weight, bias, residual, bias, floats, tile),
                 )
-        yield (
-            f"linear_act_grad {name}",
-            functools.partial(ops.linear_act_grad, x, back, h, "gelu", True, torch.float32),
-        )
+            yield (
+                f"linear_act_grad {name} {tile}",
+                functools.partial(ops.linear_act_grad, x, back, h, "gelu", True, torch.float32, tile),
+            )
 
 
 def attentions() -> Iterator[tuple[str, Callable[[], object]]]:

@@ -49,9 +49,9 @@ def empty_launches() -> str:
     for half, tile in product(HALVES, TILES):
         values = f"DType::{half}, Tile::{tile}"
         lines.append(launcher("LinearAct", "linear_act", f"<{values}>"))
+        lines.append(launcher("LinearActGrad", "linear_act_grad", f"<{values}>"))
         streams = (half, "kFloat32")
         lines += [launcher("LinearResidual", "linear_residual", f"<{values}, DType::{s}>") for s in streams]
-    lines += [launcher("LinearActGrad", "linear_act_grad", f"<DType::{half}>") for half in HALVES]
     lines += [launcher("AttentionFwd", "attention_fwd", f"<DType::{half}>") for half in HALVES]
     return "\n".join([*lines, "}", "}", ""])
 

@@ -48,7 +48,7 @@ def linear_residual(x, weight, bias, residual, layer_scale, row_scale, tile):
     return (residual + (branch if row_scale is None else branch * row_scale[:, None])).to(residual.dtype)
 
 
-def linear_act_grad(dy, weight, h, act, want_a, sums):
+def linear_act_grad(dy, weight, h, act, want_a, sums, tile="large"):
     value, slope = gate(wide(h), act)
     dh = (wide(dy) @ wide(weight)) * (value + wide(h) * slope)
     a = (wide(h) * value).to(h.dtype) if want_a else h.new_empty(0)

@@ -71,10 +71,11 @@ cudaError_t launch_linear_residual(const LinearResidual& p, cudaStream_t) {
   return cudaGetLastError();
 }
 
-template <DType DTYPE>
+template <DType DTYPE, Tile TILE>
 cudaError_t launch_linear_act_grad(const LinearActGrad& p, cudaStream_t) {
   using T = ElementOf<DTYPE>;
-  const int64_t tile_rows = kLinearActGradTile.rows, tile_cols = kLinearActGradTile.cols;
+  constexpr TileSize kSize = kLinearActGradTiles[int(TILE)];
+  const int64_t tile_rows = kSize.rows, tile_cols = kSize.cols;
   const int64_t stride = (p.cols + tile_cols - 1) / tile_cols * tile_cols;
   const auto dy = wide<T>(p.dy, p.rows, p.depth), weight = wide<T>(p.weight, p.depth, p.cols);
   constexpr int kLanes = 8;  // a warp's rows lie in as many lanes, each of which adds up its own
@@ -139,14 +140,13 @@ cudaError_t launch_attention_bwd(const AttentionBwd&, cudaStream_t) {
 
 #define FASTVIT_TILE(DTYPE, TILE)                                                                       \
   template cudaError_t launch_linear_act<DTYPE, TILE>(const LinearAct&, cudaStream_t);                  \
+  template cudaError_t launch_linear_act_grad<DTYPE, TILE>(const LinearActGrad&, cudaStream_t);         \
   template cudaError_t launch_linear_residual<DTYPE, TILE, DTYPE>(const LinearResidual&, cudaStream_t); \
   template cudaError_t launch_linear_residual<DTYPE, TILE, DType::kFloat32>(const LinearResidual&, cudaStream_t);
 FASTVIT_TILE(DType::kBFloat16, Tile::kLarge)
 FASTVIT_TILE(DType::kBFloat16, Tile::kSmall)
 FASTVIT_TILE(DType::kFloat16, Tile::kLarge)
 FASTVIT_TILE(DType::kFloat16, Tile::kSmall)
-template cudaError_t launch_linear_act_grad<DType::kBFloat16>(const LinearActGrad&, cudaStream_t);
-template cudaError_t launch_linear_act_grad<DType::kFloat16>(const LinearActGrad&, cudaStream_t);
 template cudaError_t launch_attention_fwd<DType::kBFloat16>(const AttentionFwd&, cudaStream_t);
 template cudaError_t launch_attention_fwd<DType::kFloat16>(const AttentionFwd&, cudaStream_t);
 template cudaError_t launch_attention_bwd<DType::kBFloat16>(const AttentionBwd&, cudaStream_t);

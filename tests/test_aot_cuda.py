@@ -104,8 +104,10 @@ def test_products_by_their_names(aot, monkeypatch):
     )
     assert named("(fastvit::DType)2, 197120")["kernel"] == "sm90: linear_residual bf16 small"
     assert named("(fastvit::DType)0, 197120")["kernel"] == "sm90: linear_residual bf16 small fp32 stream"
-    monkeypatch.setattr(sys.modules[__name__], "PRODUCT", "device_kernel<sm90::LinearActGradKernel<(DType)1, {}> >")
-    assert named(197120)["kernel"] == "sm90: linear_act_grad fp16"
+    monkeypatch.setattr(
+        sys.modules[__name__], "PRODUCT", "device_kernel<sm90::LinearActGradKernel<(DType)1, (sm90::Tile)0, {}> >"
+    )
+    assert named(197120)["kernel"] == "sm90: linear_act_grad fp16 large"
     assert named(250000)["problems"] == ["shared memory 250000 above 232448"]
     assert named(197120, wgmmas=0)["problems"] == ["no wgmma"]
 
@@ -123,6 +125,9 @@ def test_attention_by_its_name(aot, monkeypatch):
         assert found["problems"] == problems
     (found,) = aot.named([row])
     assert found["problems"] == ["no wgmma"]
+    done.stdout = "void fastvit::sm90::attention_bwd_kernel<(fastvit::DType)1, 256, 198264>\n"
+    (found,) = aot.named([row | {"wgmmas": 48, "wgmma_waits": 5, "problems": []}])
+    assert (found["kernel"], found["shared"], found["problems"]) == ("sm90: attention_bwd fp16 n256 d64", 198264, [])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, and would be timed")

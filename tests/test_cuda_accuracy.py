@@ -114,8 +114,8 @@ def test_activation_and_its_bias_gradient(draw, device, rows, width, dtype, act)
 
 @pytest.mark.parametrize("act", reference.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [BF16, F16])
-@pytest.mark.parametrize(("rows", "width"), [(394, 192), (197, 384)])
-def test_bias_gradient_of_the_epilogue(draw, device, rows, width, dtype, act):
+@pytest.mark.parametrize(("rows", "width", "tile"), [(394, 192, "large"), (197, 384, "small")])
+def test_bias_gradient_of_the_epilogue(draw, device, rows, width, tile, dtype, act):
     """Sums of a tile's rows, then of the tiles, at fc1's width; the product before them is kept short."""
     if not hasattr(device.ops, "linear_act_grad") or (device.name == "cuda" and not is_hopper()):
         pytest.skip("Hopper's products run on compute capability 9.0")
@@ -127,13 +127,13 @@ def test_bias_gradient_of_the_epilogue(draw, device, rows, width, dtype, act):
         return cuda_passes.linear_act_grad(*given, act, True, into)
 
     ours, exact = (
-        device.ops.linear_act_grad(dy, weight, h, act, True, dtype),
+        device.ops.linear_act_grad(dy, weight, h, act, True, dtype, tile),
         meaning(torch.float64, torch.float64),
     )
     hold(ours, meaning(dtype, dtype), exact, dh=0, a=0, sums=0)
     if act == "gelu" or device.name == "cuda":  # approximations, good for 16 bits
         return
-    sums = device.ops.linear_act_grad(dy, weight, h, act, True, F32)[2]
+    sums = device.ops.linear_act_grad(dy, weight, h, act, True, F32, tile)[2]
     hold([sums], [meaning(dtype, F32)[2]], [exact[2]], sums=0)
 
 

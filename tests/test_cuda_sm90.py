@@ -6,8 +6,10 @@ loops with the kernels' own epilogue arithmetic (sm90_on_cpu.cpp), which models 
 
 import itertools
 import re
+import subprocess
 from pathlib import Path
 
+import cuda_on_cpu
 import cuda_passes
 import pytest
 import torch
@@ -100,13 +102,13 @@ def autocast_linear_residual(x, weight, bias, residual, layer_scale, row_scale, 
 
 
 @pytest.mark.parametrize("act", reference.ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [BF16, F16])
-def test_linear_act_grad(device, dtype, act):
+@pytest.mark.parametrize(("dtype", "tile"), TILES)
+def test_linear_act_grad(device, dtype, tile, act):
     for rows, cols, depth in shapes(device):
         dy, weight = device.draw(rows, depth, dtype=dtype), device.draw(depth, cols, dtype=dtype, scale=depth**-0.5)
         h = device.draw(rows, cols, dtype=dtype, scale=2.0)
-        prove(device, "linear_act_grad", dy, weight, h, act, True, dtype)
-        prove(device, "linear_act_grad", dy, weight, h, act, False, None)
+        prove(device, "linear_act_grad", dy, weight, h, act, True, dtype, tile)
+        prove(device, "linear_act_grad", dy, weight, h, act, False, None, tile)
 
 
 def test_rows_of_a_larger_buffer(device):
@@ -120,18 +122,28 @@ def test_rows_of_a_larger_buffer(device):
     prove(device, "linear_residual", x, weight, None, residual, None, None, "large")
     wide = device.draw(rows, cols, slices=True)
     prove(device, "linear_residual", x, weight, None, wide, None, None, "large", stock=autocast_linear_residual)
-    prove(device, "linear_act_grad", x, part(depth, cols), part(rows, cols), "gelu", True, BF16)
+    for tile in ("large", "small"):
+        prove(device, "linear_act_grad", x, part(depth, cols), part(rows, cols), "gelu", True, BF16, tile)
     single = device.draw(67, dtype=BF16).as_strided((1, depth), (67, 1))  # the stride of one row means nothing
     prove(device, "linear_act", single, weight, None, "gelu", True, "small")
 
 
-def test_bias_gradient_of_outlier_channels(device):
+@pytest.mark.skipif(bool(cuda_on_cpu.why_not()), reason=cuda_on_cpu.why_not())
+def test_column_sums_of_a_tile(tmp_path):
+    """What the small tile's epilogue adds up, as a warpgroup holds it."""
+    cuda_on_cpu.compile_program("column_sums.cpp", tmp_path / "sums", cuda_on_cpu.ROOT / "csrc")
+    done = subprocess.run([tmp_path / "sums"], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("", 0)
+
+
+@pytest.mark.parametrize("tile", ["large", "small"])
+def test_bias_gradient_of_outlier_channels(device, tile):
     """Partial sums of tiles, then their sum: float32 all the way, whatever the magnitude of a channel."""
     rows, cols, depth = 333, 264, 64
     dy, weight = device.draw(rows, depth, dtype=BF16), device.draw(depth, cols, dtype=BF16, scale=depth**-0.5)
     weight[:, ::7] *= 100
     h = device.draw(rows, cols, dtype=BF16)
-    *_, sums = device.ops.linear_act_grad(dy, weight, h, "gelu", False, F32)
+    *_, sums = device.ops.linear_act_grad(dy, weight, h, "gelu", False, F32, tile)
     exact = cuda_passes.linear_act_grad(dy.double(), weight.double(), h.double(), "gelu", False, torch.float64)[2]
     assert ((sums.double() - exact).abs() <= 1e-4 * exact.abs() + 1e-3 * weight.abs().amax(0)).all()
 
@@ -171,7 +183,7 @@ def test_errors_name_tensor_rule_and_what_came(device):
     with pytest.raises(RuntimeError, match="residual is misaligned, expected rows that start at multiples of 16 bytes"):
         ops.linear_residual(x, weight, None, device.draw(8, 18)[:, 1:17], None, None, "small")
     with pytest.raises(RuntimeError, match=r"h has shape \(8, 64\), expected \(8, 16\) like dy and weight"):
-        ops.linear_act_grad(x, weight.t().contiguous(), x, "gelu", False, None)
+        ops.linear_act_grad(x, weight.t().contiguous(), x, "gelu", False, None, "large")
 
 
 @pytest.mark.parametrize("op", list(_tiles.TILES))
@@ -217,7 +229,7 @@ def test_many_rows(gpu, tile):
     weight *= depth**-0.5
     back = weight.t().contiguous()
     y, pre = gpu.ops.linear_act(x, weight, None, "gelu", True, tile)
-    dh, a, sums = gpu.ops.linear_act_grad(x, back, h, "gelu", True, F32)
+    dh, a, sums = gpu.ops.linear_act_grad(x, back, h, "gelu", True, F32, tile)
     residual = gpu.ops.linear_residual(a, back, None, x, None, None, tile)
     total = torch.zeros(cols, dtype=torch.float64, device="cuda")
     for part in torch.arange(rows, device="cuda").split(8192):
@@ -237,6 +249,10 @@ def test_every_tile_gives_the_same_bits(gpu):
     large, small = (gpu.ops.linear_act(x, weight, bias, "gelu", True, tile) for tile in ("large", "small"))
     for got, wanted in zip(small, large, strict=True):
         assert torch.equal(got, wanted)
+    dy, h, back = gpu.draw(1000, 768, dtype=BF16), gpu.draw(1000, 3072, dtype=BF16), weight.t().contiguous()
+    large, small = (gpu.ops.linear_act_grad(dy, back, h, "gelu", True, None, tile) for tile in ("large", "small"))
+    for got, wanted in zip(small, large, strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
@@ -251,13 +267,14 @@ def test_an_image_does_not_see_its_batch(gpu, dtype):
             assert torch.equal(fastvit.ops.layernorm_mlp(x[:batch], **inputs), everything[:batch]), batch
 
 
-def test_same_bits_every_time_on_any_stream(gpu):
+@pytest.mark.parametrize("tile", ["large", "small"])
+def test_same_bits_every_time_on_any_stream(gpu, tile):
     dy, weight = gpu.draw(50432, 768, dtype=BF16), gpu.draw(768, 3072, dtype=BF16, scale=0.03)
     h = gpu.draw(50432, 3072, dtype=BF16)
-    first = gpu.ops.linear_act_grad(dy, weight, h, "gelu", True, F32)
+    first = gpu.ops.linear_act_grad(dy, weight, h, "gelu", True, F32, tile)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        again = gpu.ops.linear_act_grad(dy, weight, h, "gelu", True, F32)
+        again = gpu.ops.linear_act_grad(dy, weight, h, "gelu", True, F32, tile)
         torch.cuda.current_stream().synchronize()
     for got, wanted in zip(again, first, strict=True):
         assert torch.equal(got, wanted)

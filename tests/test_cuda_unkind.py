@@ -193,7 +193,7 @@ def calls(device):
         "layer_scale_bwd": (device.draw(16, 16), w, v, device.draw(16), v),
         "linear_act": (x, w, v, "gelu", True, "small"),
         "linear_residual": (x, w, v, x, v, None, "small"),
-        "linear_act_grad": (x, w, x, "gelu", True, BF16),
+        "linear_act_grad": (x, w, x, "gelu", True, BF16, "small"),
     }
 
 

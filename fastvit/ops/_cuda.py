@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _sm90
+from . import _sm90, _tiles
 
 ops = torch.ops.fastvit_cuda
 
@@ -207,7 +207,7 @@ def _act_grad(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """``dh = (dbranch @ weight) * act'(h)``, ``act(h)`` once more, and the column sums of ``dh``."""
     if _sm90.takes(ops, weight.shape[1], dbranch=dbranch, weight=weight, h=h):
-        dh, a, sums = ops.linear_act_grad(dbranch, weight, h, act, wants_a, sums_dtype)
+        dh, a, sums = ops.linear_act_grad(dbranch, weight, h, act, wants_a, sums_dtype, _tiles.ACT_GRAD)
         return dh, a if wants_a else None, sums
     dh = dbranch @ weight
     again = torch.empty_like(h) if wants_a else None

@@ -41,6 +41,9 @@ TILES = {
     "linear_residual": (Tile("large", 128, 128, (2, 1), share=0.8), Tile("small", 64, 64, (2, 2), share=0.45)),
 }
 
+# linear_act_grad also has a "small" tile, 128 x 128 by warpgroups in turns, which nobody has timed yet.
+ACT_GRAD = "large"
+
 # (op, dtype, rows, cols, depth) -> name of the fastest tile. `python benchmarks/tune_mlp.py` on a Hopper GPU prints it.
 # On an H200.
 TIMED: dict[tuple[str, str, int, int, int], str] = {

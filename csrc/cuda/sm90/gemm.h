@@ -16,7 +16,7 @@ struct TileSize {
 };
 constexpr TileSize kLinearActTiles[] = {{128, 128, 2, 1}, {64, 96, 1, 1}};
 constexpr TileSize kLinearResidualTiles[] = {{128, 128, 2, 1}, {64, 64, 2, 2}};
-constexpr TileSize kLinearActGradTile = {128, 256, 2, 1};
+constexpr TileSize kLinearActGradTiles[] = {{128, 256, 2, 1}, {128, 128, 2, 1}};
 
 // y = act(h), h = x weight^T + bias
 struct LinearAct {
@@ -59,9 +59,10 @@ struct LinearActGrad {
   float* partials;  // (ceil(M / tile's rows), N rounded up to tile's columns) optional
   Activation act;
   int64_t rows, cols, depth;
+  Tile tile;
   int device;
 };
-template <DType DTYPE>
+template <DType DTYPE, Tile TILE>
 cudaError_t launch_linear_act_grad(const LinearActGrad& p, cudaStream_t stream);
 
 }  // namespace fastvit::sm90

@@ -1,8 +1,9 @@
-// The float16 kernel of linear_act_grad.cuh.
+// The float16 kernels of linear_act_grad.cuh.
 #include "cuda/sm90/linear_act_grad.cuh"
 
 namespace fastvit::sm90 {
 
-template cudaError_t launch_linear_act_grad<DType::kFloat16>(const LinearActGrad&, cudaStream_t);
+template cudaError_t launch_linear_act_grad<DType::kFloat16, Tile::kLarge>(const LinearActGrad&, cudaStream_t);
+template cudaError_t launch_linear_act_grad<DType::kFloat16, Tile::kSmall>(const LinearActGrad&, cudaStream_t);
 
 }  // namespace fastvit::sm90

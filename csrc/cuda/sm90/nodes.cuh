@@ -4,6 +4,7 @@
 #include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
 
 #include "cuda/activation.h"
+#include "cuda/sm90/column_sums.cuh"
 
 namespace fastvit::sm90 {
 
@@ -193,6 +194,93 @@ struct ActivationGrad : Store {
   CUTLASS_DEVICE auto get_consumer_store_callbacks(fusion::ConsumerStoreArgs<Args...> const& args) {
     auto base = Store::template get_consumer_store_callbacks<ReferenceSrc>(args);
     return Grads<decltype(base)>(cute::move(base), act);
+  }
+};
+
+// Passes its input on, and leaves the sums of each tile's columns. For one warpgroup a tile: those of CUTLASS's own
+// Sm90RowReduction then lie in local memory. Rows past the end must be zeros.
+template <typename TileShape>
+struct TileColumnSums {
+  static constexpr int kRows = cute::size<0>(TileShape{}), kCols = cute::size<1>(TileShape{});
+  using Sums = ColumnSums<kCols>;
+  using SharedStorage = typename Sums::Storage;
+
+  struct Arguments {
+    float* partials = nullptr;  // (tiles down, columns of all tiles); or none are wanted
+  };
+  using Params = Arguments;
+
+  template <class ProblemShape>
+  static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args, void*) {
+    return args;
+  }
+  template <class ProblemShape>
+  static bool can_implement(ProblemShape const&, Arguments const&) {
+    return true;
+  }
+  template <class ProblemShape>
+  static size_t get_workspace_size(ProblemShape const&, Arguments const&) {
+    return 0;
+  }
+  template <class ProblemShape>
+  static cutlass::Status initialize_workspace(ProblemShape const&, Arguments const&, void*, cudaStream_t,
+                                              cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+
+  CUTLASS_HOST_DEVICE TileColumnSums() {}
+  CUTLASS_HOST_DEVICE TileColumnSums(Params const& params, SharedStorage const& storage)
+      : partials(params.partials), storage(const_cast<SharedStorage*>(&storage)) {}
+  CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
+  CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
+  template <class... Args>
+  CUTLASS_DEVICE auto get_producer_load_callbacks(fusion::ProducerLoadArgs<Args...> const&) {
+    return fusion::EmptyProducerLoadCallbacks{};
+  }
+
+  float* partials;
+  SharedStorage* storage;
+
+  template <class Coordinates>
+  struct Adds : fusion::EmptyConsumerStoreCallbacks {
+    CUTLASS_DEVICE Adds(Coordinates coordinates, SharedStorage* storage, float* to, int thread)
+        : coordinates(coordinates), storage(storage), to(to), thread(thread) {}
+
+    Coordinates coordinates;  // of the thread's values in the tile, from its first on
+    SharedStorage* storage;
+    float* to;  // the tile's sums, or null
+    int thread;
+    Sums sums;
+
+    template <typename Accumulator, int N>
+    CUTLASS_DEVICE Array<float, N> visit(Array<Accumulator, N> const&, int epi_v, int epi_m, int epi_n,
+                                         Array<float, N> const& input) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < N; ++i) {
+        const int column = cute::get<1>(coordinates(cute::_, cute::_, cute::_, epi_m, epi_n)(epi_v * N + i));
+        sums.add(column % Sums::kColumns, input[i]);
+      }
+      return input;
+    }
+
+    template <class STensor, class Sync, class Results>
+    CUTLASS_DEVICE void reduce(STensor&&, Sync const& sync, int epi_m, int epi_n, bool is_last, Results) {
+      if (epi_m + 1 == cute::size<3>(coordinates)) sums.fold(*storage, thread, epi_n * Sums::kColumns);
+      if (!is_last) return;
+      sync();
+      if (to != nullptr) Sums::finish(*storage, thread, to);
+    }
+  };
+
+  template <bool ReferenceSrc, class... Args>
+  CUTLASS_DEVICE auto get_consumer_store_callbacks(fusion::ConsumerStoreArgs<Args...> const& args) {
+    static_assert(cute::size<1>(decltype(args.epi_tile){}) == Sums::kColumns);
+    const int64_t row_tile = cute::get<0>(args.tile_coord_mnkl), col_tile = cute::get<1>(args.tile_coord_mnkl);
+    const int rows = cute::get<0>(args.problem_shape_mnkl), cols = cute::get<1>(args.problem_shape_mnkl);
+    const int64_t stride = (cols + kCols - 1) / kCols * kCols;
+    const bool wanted = partials != nullptr && row_tile * kRows < rows;
+    float* to = wanted ? partials + row_tile * stride + col_tile * kCols : nullptr;
+    return Adds<decltype(args.tCcD)>(args.tCcD, storage, to, args.thread_idx);
   }
 };
 

@@ -56,7 +56,7 @@ Tensor linear_residual(Tensor x, Tensor weight, MaybeTensor bias, Tensor residua
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_act_grad(Tensor dy, Tensor weight, Tensor h, std::string act, bool want_a,
-                                                   std::optional<ScalarType> sums) {
+                                                   std::optional<ScalarType> sums, std::string tile) {
   const Checks checks("linear_act_grad", "dy", dy);
   LinearActGrad p{};
   p.dy = checks.matrix("dy", dy);
@@ -65,6 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_grad(Tensor dy, Tensor weight, Ten
   p.weight = tma(checks, "weight", checks.matrix("weight", weight, p.depth, p.cols, "dy"), p.cols, p.dy.dtype);
   p.h = tma(checks, "h", checks.matrix("h", h, p.rows, p.cols, "dy and weight"), p.cols, p.dy.dtype);
   p.act = activation(checks, act);
+  p.tile = tile_of(checks, tile);
   const DType kind = sums ? checks.dtype("sums", *sums) : DType::kFloat32;
   const OnDevice device(dy);
   p.device = dy.get_device_index();
@@ -72,16 +73,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_grad(Tensor dy, Tensor weight, Ten
   Tensor a = want_a ? empty(dy, {p.rows, p.cols}, dy.scalar_type()) : nothing(dy);
   p.dh = checks.matrix("dh", dh);
   if (want_a) p.a = checks.matrix("a", a);
-  const int64_t tile_rows = kLinearActGradTile.rows, tile_cols = kLinearActGradTile.cols;
+  const TileSize size = kLinearActGradTiles[int(p.tile)];
+  const int64_t tile_rows = size.rows, tile_cols = size.cols;
   const Pass pass{p.rows, p.cols, int((p.rows + tile_rows - 1) / tile_rows), nullptr};
   const int64_t stride = (p.cols + tile_cols - 1) / tile_cols * tile_cols;
   Tensor partials = sums ? empty(dy, {pass.groups, stride}, ScalarType::Float) : nothing(dy);
   if (sums) p.partials = static_cast<float*>(partials.data_ptr());
-  if (p.rows > 0 && p.cols > 0) {
-    check_launch("linear_act_grad", p.dy.dtype == DType::kBFloat16
-                                        ? launch_linear_act_grad<DType::kBFloat16>(p, device.stream())
-                                        : launch_linear_act_grad<DType::kFloat16>(p, device.stream()));
-  }
+  if (p.rows > 0 && p.cols > 0) run("linear_act_grad", p, device.stream());
   if (!sums) return {dh, a, nothing(dy)};
   Pass summed = pass;
   summed.partials = p.partials;
@@ -118,7 +116,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastvit_cuda, m) {
       "linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? layer_scale, Tensor? row_scale,"
       " str tile) -> Tensor");
   m.def(
-      "linear_act_grad(Tensor dy, Tensor weight, Tensor h, str act, bool want_a, ScalarType? sums)"
+      "linear_act_grad(Tensor dy, Tensor weight, Tensor h, str act, bool want_a, ScalarType? sums, str tile)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "layernorm_linear_act(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, float eps,"

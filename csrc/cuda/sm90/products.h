@@ -58,4 +58,9 @@ inline void run(const char* op, const LinearResidual& p, cudaStream_t stream) {
                }));
 }
 
+inline void run(const char* op, const LinearActGrad& p, cudaStream_t stream) {
+  check_launch(op, with_tile(p.dy.dtype, p.tile,
+                             [&]<DType DTYPE, Tile TILE>() { return launch_linear_act_grad<DTYPE, TILE>(p, stream); }));
+}
+
 }  // namespace fastvit::sm90
