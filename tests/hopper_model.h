@@ -63,6 +63,7 @@ struct Lane {
   std::function<bool()> ready;
   int shuffles = 0, products = 0, groups = 0, finished = 0, waits = 0;
   bool open = false, fenced = false;
+  int registers = 0;
   std::map<float*, Hidden> hidden;
 };
 
@@ -93,6 +94,7 @@ struct Block {
   std::string without;
   uint32_t bytes = 0;  // of shared memory
   int sweep = 0;
+  int registers = 0;  // given back, less those taken
 };
 
 inline std::unique_ptr<Block> block;
@@ -125,6 +127,13 @@ inline bool chance(unsigned of) { return block->random() % of == 0; }
 // With a seed, a warp may take its time: one time in `of`.
 inline void rest(Warp& w, unsigned of) {
   if (block->order > 1 && chance(of)) w.rests_until = block->sweep + int(block->random() % 64);
+}
+
+// setmaxnreg: a GPU's thread that wants more would wait until others have given as many back.
+inline void change_registers(int count) {
+  expect(count % 8 == 0 && count >= 24 && count <= 256, "a number of registers that there is not");
+  block->registers -= count - lane().registers;
+  lane().registers = count;
 }
 
 inline char* at_address(uint32_t address, int bytes) {
@@ -363,6 +372,9 @@ inline void run_block(int warps, int bytes) {
   block->warps.resize(warps);
   block->order = order;
   block->bytes = bytes;
+  for (Warp& w : block->warps) {  // as many at the launch as one block may have
+    for (Lane& l : w.lanes) l.registers = 65536 / (warps * kLanes) / 8 * 8;
+  }
   block->random.seed(order);
   std::memset(shared, 0xff, sizeof(shared));  // NaN in every dtype
   for (int i = 0; i < warps * kLanes; ++i) {
@@ -391,6 +403,7 @@ inline void run_block(int warps, int bytes) {
   }
   if (!failure.empty()) return;
   if (!block->loads.empty()) failure = "a load was still under way at the end";
+  if (block->registers < 0) failure = "threads wait for registers for ever";
   for (const auto& [name, facts] : block->named) {
     if (facts.arrived != 0) failure = "a barrier by name was left half full";
   }
