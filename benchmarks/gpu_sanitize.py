@@ -80,6 +80,8 @@ def attentions() -> Iterator[tuple[str, Callable[[], object]]]:
         for batch, tokens, dim in [*sizes, (100, 197, 64)]:
             qkv = torch.randn(batch, tokens, 3 * 3 * dim, device="cuda", dtype=dtype)
             yield f"attention {dtype} {tokens} {dim}", functools.partial(ops.attention_packed_fwd, qkv, 3, 0.125)
+        k = torch.randn(100, 3, 197, 80, device="cuda", dtype=dtype)
+        yield f"attention {dtype} class token", functools.partial(ops.attention_fwd, k[:, :, :1], k, k, 0.125)
 
 
 def main() -> int:
