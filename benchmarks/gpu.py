@@ -35,14 +35,19 @@ STAGE = re.compile(rf"({'|'.join(STAGES)})(?:=([0-9]+))?(?=,|$)")
 PROCESSES = max(2, (os.cpu_count() or 2) - 2)
 KERNEL_TESTS = (
     "test_*_kernel.py",
-    "test_block_plan_gpu.py",
-    "test_cuda_attention.py",
-    "test_cuda_attention_bwd.py",
     "test_cuda_kernels.py",
     "test_cuda_sm90.py",
     "test_joint_gradient.py",
     "test_memory.py",
 )
+# Of what no GPU has run yet. A kernel that hangs takes all multiprocessors, so each of these is by itself
+NEW_TESTS = (
+    "test_block_plan_gpu.py",
+    "test_cuda_attention.py",
+    "test_cuda_attention_bwd.py",
+    "test_cuda_attention_kernel.py",
+)
+NEW_SHARE = 0.2  # of the time that is left
 ALONE = {"OMP_NUM_THREADS": "1"}  # of as many processes as there are cores
 LARGE_TESTS = "two_to_the_31"
 OUTCOMES = ("PASSED", "FAILED", "SKIPPED", "ERROR")
@@ -197,10 +202,11 @@ def parity(limit: float, rehearse: bool, result: dict[str, Any]) -> dict[str, An
 
     def one(part: str) -> tuple[list[dict[str, Any]], str]:
         """(rows, what went wrong) of one part."""
-        name = part.replace("/", "-")
+        name, left = part.replace("/", "-"), end - time.monotonic()
         path = WORK / "parity" / f"{name}.json"
         command = [sys.executable, "benchmarks/gpu_parity.py", str(path), part, *["--rehearse"] * rehearse]
-        code, output = run(command, end - time.monotonic(), f"parity/{name}", **ALONE)
+        share = NEW_SHARE if part.startswith(gpu_parity.BY_NAME) else 1
+        code, output = run(command, share * left, f"parity/{name}", **ALONE)
         rows = json.loads(path.read_text()) if path.exists() else []
         return rows, "" if code in (0, 1) and rows else "out of time" if code is None else output
 
@@ -221,16 +227,20 @@ def parity(limit: float, rehearse: bool, result: dict[str, Any]) -> dict[str, An
 
 def run_pytest(limit: float) -> dict[str, Any]:
     """The tests that run kernels on the device; those that run them on the CPU have their place in `make test`."""
-    files = [str(path.relative_to(ROOT)) for glob in KERNEL_TESTS for path in sorted((ROOT / "tests").glob(glob))]
-    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--tb=short", *files]
+    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--tb=short"]
     side_by_side = ["-p", "xdist.plugin", "-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
     end = time.monotonic() + limit
+    new = _test_files(NEW_TESTS)
+    files = [path for path in _test_files(KERNEL_TESTS) if path not in new]
     # those past 2^31 elements want most of the memory for themselves
-    passes = {"pytest-large": ["-k", f"not cpu and {LARGE_TESTS}"], "pytest": ["-k", f"not cpu and not {LARGE_TESTS}"]}
-    passes["pytest"] += side_by_side
+    passes = {
+        **{f"pytest-{Path(path).stem}": [path, "-k", "not cpu", *side_by_side] for path in new},
+        "pytest-large": [*files, "-k", f"not cpu and {LARGE_TESTS}"],
+        "pytest": [*files, "-k", f"not cpu and not {LARGE_TESTS}", *side_by_side],
+    }
     codes, log = [], ""
     for name, choice in passes.items():
-        left = end - time.monotonic()
+        left = (end - time.monotonic()) * (NEW_SHARE if choice[0] in new else 1)
         codes.append(run([*command, *choice], left, name, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", **ALONE)[0])
         log += (WORK / f"{name}.log").read_text(errors="replace")
     code = next((code for code in codes if code != 0), 0)
@@ -241,6 +251,10 @@ def run_pytest(limit: float) -> dict[str, Any]:
     state = "" if code is not None else ", out of time"
     print("pytest: " + ", ".join(f"{count} {word.lower()}" for word, count in counts.items()) + state, flush=True)
     return {"exit": code, "counts": counts, "failed": failed, "output": "" if code == 0 else log[-3000:]}
+
+
+def _test_files(globs: Collection[str]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for glob in globs for path in sorted((ROOT / "tests").glob(glob))]
 
 
 def sanitize(limit: float, rehearse: bool) -> dict[str, Any]:

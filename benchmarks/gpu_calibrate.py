@@ -33,7 +33,10 @@ ATTENTIONS = {
 
 
 class Calibration:
-    def __init__(self, device: torch.device, rehearse: bool):
+    """Rows, written to ``path`` as they come: what hangs later takes none of them with it."""
+
+    def __init__(self, device: torch.device, rehearse: bool, path: Path | None = None):
+        self.path = path
         self.device, self.dtype = device, torch.bfloat16
         self.batch = 1 if rehearse else 256
         self.square = 256 if rehearse else 8192
@@ -69,6 +72,11 @@ class Calibration:
             rate = f"{row['tflops']:.0f} TFLOP/s" if flops else f"{row['gbps']:.0f} GB/s"
             faster = f"  {ratio:.2f}x {candidates[0].provider}" if candidate is not candidates[0] else ""
             print(f"{candidate.provider:<28} {row['p50_ms']:9.3f} ms  {rate}{faster}", flush=True)
+        self.save()
+
+    def save(self) -> None:
+        if self.path is not None:
+            self.path.write_text(json.dumps({"ceilings": dict(ceilings(self.rows)), "calibration": self.rows}))
 
     def runs(self, candidate: Candidate) -> bool:
         """Whether it does; a row says why not."""
@@ -262,10 +270,7 @@ def ceilings(rows: list[dict[str, Any]]) -> Iterator[tuple[str, float]]:
 
 def main() -> None:
     rehearse = "--rehearse" in sys.argv
-    calibration = Calibration(torch.device("cpu" if rehearse else "cuda"), rehearse)
-    calibration.run()
-    found = {"ceilings": dict(ceilings(calibration.rows)), "calibration": calibration.rows}
-    Path(sys.argv[1]).write_text(json.dumps(found))
+    Calibration(torch.device("cpu" if rehearse else "cuda"), rehearse, Path(sys.argv[1])).run()
 
 
 if __name__ == "__main__":

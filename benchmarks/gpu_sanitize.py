@@ -82,6 +82,8 @@ def attentions() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"attention {dtype} {tokens} {dim}", functools.partial(ops.attention_packed_fwd, qkv, 3, 0.125)
             if dim == _sm90.BWD_HEAD_DIM and tokens <= _sm90.BWD_KEYS[-1]:
                 yield f"attention bwd {dtype} {tokens}", functools.partial(attention_bwd, qkv)
+        k = torch.randn(100, 3, 197, 80, device="cuda", dtype=dtype)
+        yield f"attention {dtype} class token", functools.partial(ops.attention_fwd, k[:, :, :1], k, k, 0.125)
 
 
 def attention_bwd(qkv: torch.Tensor) -> None:

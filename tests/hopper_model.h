@@ -67,6 +67,7 @@ struct Lane {
   std::function<bool()> ready;
   int shuffles = 0, products = 0, groups = 0, finished = 0, waits = 0;
   bool open = false, fenced = false;
+  int registers = 0;
   std::map<float*, Hidden> hidden;
   std::vector<uint32_t> written;  // pieces of shared memory that products are not shown yet
 };
@@ -99,6 +100,7 @@ struct Block {
   uint32_t bytes = 0;                                                            // of shared memory
   std::vector<bool> unseen = std::vector<bool>((kFirstAddress + kShared) / 16);  // its pieces of 16 bytes
   int sweep = 0;
+  int registers = 0;  // given back, less those taken
 };
 
 inline std::unique_ptr<Block> block;
@@ -131,6 +133,13 @@ inline bool chance(unsigned of) { return block->random() % of == 0; }
 // With a seed, a warp may take its time: one time in `of`.
 inline void rest(Warp& w, unsigned of) {
   if (block->order > 1 && chance(of)) w.rests_until = block->sweep + int(block->random() % 64);
+}
+
+// setmaxnreg: a GPU's thread that wants more would wait until others have given as many back.
+inline void change_registers(int count) {
+  expect(count % 8 == 0 && count >= 24 && count <= 256, "a number of registers that there is not");
+  block->registers -= count - lane().registers;
+  lane().registers = count;
 }
 
 inline char* at_address(uint32_t address, int bytes) {
@@ -370,6 +379,9 @@ inline void run_block(int warps, int bytes) {
   block->warps.resize(warps);
   block->order = order;
   block->bytes = bytes;
+  for (Warp& w : block->warps) {  // as many at the launch as one block may have
+    for (Lane& l : w.lanes) l.registers = 65536 / (warps * kLanes) / 8 * 8;
+  }
   block->random.seed(order);
   std::memset(shared, 0xff, sizeof(shared));  // NaN in every dtype
   for (int i = 0; i < warps * kLanes; ++i) {
@@ -398,6 +410,7 @@ inline void run_block(int warps, int bytes) {
   }
   if (!failure.empty()) return;
   if (!block->loads.empty()) failure = "a load was still under way at the end";
+  if (block->registers < 0) failure = "threads wait for registers for ever";
   for (const auto& [name, facts] : block->named) {
     if (facts.arrived != 0) failure = "a barrier by name was left half full";
   }

@@ -51,6 +51,7 @@ inline void show_barriers() {}
 
 inline void named_arrive(int name, int threads) {
   if (cpu::without("named_arrive")) return;
+  cpu::expect(name < 8 && threads % cpu::kLanes == 0, "a barrier by a name that there is not");  // CUTLASS has 8 of 16
   cpu::NamedFacts& facts = cpu::block->named[name];
   if (++facts.arrived == threads) facts.arrived = 0, ++facts.generation;
 }
@@ -65,9 +66,13 @@ inline void sync_block() {
 }
 
 template <int COUNT>
-void take_registers() {}
+void take_registers() {
+  cpu::change_registers(COUNT);
+}
 template <int COUNT>
-void give_registers() {}
+void give_registers() {
+  if (!cpu::without("give_registers")) cpu::change_registers(COUNT);
+}
 
 inline void load_tile(const CUtensorMap& map, Barrier& full, void* to, int c0, int c1, int c2, int c3) {
   cpu::Load load{{}, &full, static_cast<char*>(to), {c0, c1, c2, c3}, cpu::due()};

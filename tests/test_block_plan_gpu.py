@@ -43,12 +43,12 @@ def planned(device, monkeypatch):
         yield runs_of_plans(monkeypatch)
 
 
-def block_and_input(device, batch, tokens, dtype=BF16, stream=None, width=768, **options):
+def block_and_input(device, batch, tokens, dtype=BF16, stream=None, heads=12, dim=64, **options):
     torch.manual_seed(0)
     if device == "cpu":
-        batch, tokens, width = min(batch, 2), min(tokens, 9), 128
-    made = layers.Block(width, width // 64, qkv_bias=True, **options).to(device, dtype).eval()
-    return made, torch.randn(batch, tokens, width, device=device).to(stream or dtype)
+        batch, tokens, heads = min(batch, 2), min(tokens, 9), 2
+    made = layers.Block(heads * dim, heads, qkv_bias=True, **options).to(device, dtype).eval()
+    return made, torch.randn(batch, tokens, heads * dim, device=device).to(stream or dtype)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -63,10 +63,13 @@ def test_the_bits_of_the_ops(device, batch, tokens, stream, dtype, planned):
     assert planned == [True] * 4
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 197), (8, 197), (2, 257), (3, 50)])
-def test_hoppers_own_attention(device, batch, tokens, planned):
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "dim"),
+    [(1, 197, 12, 64), (8, 197, 12, 64), (2, 257, 12, 64), (3, 50, 12, 64), (1, 257, 16, 80), (16, 257, 16, 80)],
+)
+def test_hoppers_own_attention(device, batch, tokens, heads, dim, planned):
     """By name; its plan needs no launch before it."""
-    made, x = block_and_input(device, batch, tokens)
+    made, x = block_and_input(device, batch, tokens, heads=heads, dim=dim)
     with use_backend(attention="cuda", attention_packed="cuda"):
         for forward in (made, partial(fused.class_token_block_forward, made)):
             assert torch.equal(forward(x), by_ops(forward, x))

@@ -111,6 +111,7 @@ def test_in_every_order(emulated, monkeypatch, tokens, dim, order):
         "products_commit",
         "products_wait",
         "sync_block",
+        "give_registers",
     ],
 )
 def test_every_instruction_is_needed(emulated, monkeypatch, instruction):

@@ -90,7 +90,11 @@ def keep(mask, grads):
 def fused(op):
     """The op as fastvit.reference has it, on the composition."""
     if op == "layernorm_linear":
-        return LayerNormLinear.apply
+
+        def layernorm_linear(x, norm_weight, norm_bias, weight, bias):  # by name: PyTorch 2.11's apply takes no names
+            return LayerNormLinear.apply(x, norm_weight, norm_bias, weight, bias)
+
+        return layernorm_linear
 
     if op == "linear_residual":
 

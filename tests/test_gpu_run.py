@@ -145,6 +145,40 @@ def test_attention_in_the_calibration(gpu, monkeypatch):
     json.dumps(calibration.rows)
 
 
+def test_what_hangs_takes_nothing_with_it(gpu, monkeypatch, tmp_path):
+    """Kernels that no GPU has run yet are tried apart, and have a part of the time only."""
+    runs = {}
+
+    def run(command, limit, name, **_):
+        runs[name] = [word for word in command if word.startswith("tests/")], limit
+        (tmp_path / f"{name}.log").write_text("[gw0] [ 50%] PASSED tests/test_x.py::test_y[cuda]\n")
+        return None if name == "pytest-test_cuda_attention" else 0, ""
+
+    monkeypatch.setattr(gpu, "run", run)
+    found = gpu.run_pytest(100)
+    assert found["exit"] is None
+    assert found["counts"]["PASSED"] == len(gpu.NEW_TESTS) + 2
+    for name in gpu.NEW_TESTS:
+        files, limit = runs.pop(f"pytest-{Path(name).stem}")
+        assert files == [f"tests/{name}"]
+        assert limit <= 20
+    for files, rest in runs.values():
+        assert files
+        assert not {Path(path).name for path in files} & set(gpu.NEW_TESTS)
+        assert rest > 90
+
+
+def test_calibration_is_kept_as_it_comes(gpu, monkeypatch, tmp_path):
+    import gpu_calibrate
+
+    monkeypatch.setattr(gpu_calibrate, "ROUNDS", 1)
+    calibration = gpu_calibrate.Calibration(torch.device("cpu"), rehearse=True, path=tmp_path / "calibration.json")
+    calibration.copy()
+    kept = json.loads(calibration.path.read_text())
+    assert [row["name"] for row in kept["calibration"]] == ["copy"]
+    assert kept["ceilings"]["gbps"] > 0
+
+
 def test_the_certificate_outlives_its_stage(gpu, monkeypatch, tmp_path):
     def parity(limit, rehearse, result):
         result["parity"] = [{"passed": True}]

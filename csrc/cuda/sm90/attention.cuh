@@ -41,7 +41,8 @@ struct AttentionGroup {
   }
 
   // Every other block is a group's, but for heads of one block in a single stage. There one group takes them all: who
-  // waits for a barrier's phase must have seen the one before it, or a parity says too early that it has ended.
+  // waits for a barrier's phase before the phase before it has ended is told too early, by parity, that its own has.
+  // With three stages, a group's turn comes after the other has waited for what lay in its stage before.
   __device__ int apart() const { return Tiles::kStages == 1 && p.blocks == 1 ? 1 : 2; }
 
   __device__ bool has_work() const { return mine > 1; }
