@@ -30,7 +30,7 @@ FASTVIT_INLINE void softmax_row(const SoftmaxRows& block, int64_t r) {
   for (int64_t key = 0; key < visible; key += LANES) {
     const f32x16 score = score_at<MASKED>(block, scores, mask, key, visible - key);
     if constexpr (MASKED) store16(scores + key, score);
-    tops = select(score > tops, score, tops);
+    tops = larger(score, tops);
   }
   // Without a number above -inf there is nothing to attend to: zeros, unless a score was NaN.
   const float top = max_lanes(tops), shift = top == -INF ? 0.0f : top;

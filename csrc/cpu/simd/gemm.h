@@ -31,6 +31,7 @@ class Fetch {
 
   template <class T>
   FASTVIT_INLINE Fetch(const GemmTile<T>& t, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t steps) {
+    if (column == 0) written_ = from_row(t.written, row), read_ = from_row(t.read, row), rows_ = rows;
     if (!t.next) return;
     const int64_t all = t.k * PANEL * static_cast<int64_t>(sizeof(T)) / CACHE_LINE, area = t.rows * t.columns;
     const int64_t before = column * t.rows + row * columns;
@@ -41,10 +42,25 @@ class Fetch {
   }
 
   FASTVIT_INLINE void step() {
+    if (rows_ > 0) {
+      fetch_row(written_);
+      fetch_row(read_);
+      --rows_;
+    }
     for (int64_t i = 0; i < share_ && at_ < end_; ++i, at_ += CACHE_LINE) __builtin_prefetch(at_, 0, 3);
   }
 
  private:
+  static FASTVIT_INLINE RowLines from_row(const RowLines& rows, int64_t i) {
+    return {rows.data + i * rows.stride, rows.stride, rows.bytes};
+  }
+  static FASTVIT_INLINE void fetch_row(RowLines& rows) {
+    for (int64_t i = 0; i < rows.bytes; i += CACHE_LINE) __builtin_prefetch(rows.data + i, 0, 3);
+    rows.data += rows.stride;
+  }
+
+  RowLines written_, read_;
+  int64_t rows_ = 0;  // of them, left
   const char *at_ = nullptr, *end_ = nullptr;
   int64_t share_ = 0;  // lines a group
 };

@@ -47,24 +47,23 @@ FASTVIT_INLINE f32x16 coarse_tail(f32x16 a) {
   p = p * a + NormalTail::c2;
   p = p * a + NormalTail::c1;
   p = p * a + NormalTail::c0;
-  return coarse_exp2(select(p < -126.0f, -126.0f, p));
+  return coarse_exp2(larger(-126.0f, p));
 }
 
 // |x|, but not beyond NormalTail::end
 FASTVIT_INLINE f32x16 tail_argument(f32x16 x) {
-  const f32x16 magnitude = from_bits(bits(x) & 0x7fffffff);
-  return select(magnitude > NormalTail::end, NormalTail::end, magnitude);
+  return smaller(NormalTail::end, from_bits(bits(x) & 0x7fffffff));
 }
 
 // x * normal_cdf(x) = max(x, 0) - |x| Phi(-|x|)
 FASTVIT_INLINE f32x16 coarse_gelu(f32x16 x) {
   const f32x16 a = tail_argument(x);
-  return select(x < 0.0f, 0.0f, x) - a * coarse_tail(a);
+  return larger(0.0f, x) - a * coarse_tail(a);
 }
 
 FASTVIT_INLINE Gate coarse_gelu_gate(f32x16 x) {
   const f32x16 a = tail_argument(x), tail = coarse_tail(a), p = a * a * -0.721347520f;
-  return {select(x < 0.0f, tail, 1.0f - tail), coarse_exp2(select(p < -126.0f, -126.0f, p)) * 0.398942280f};
+  return {select(x < 0.0f, tail, 1.0f - tail), coarse_exp2(larger(-126.0f, p)) * 0.398942280f};
 }
 
 // The normal distribution's integral. |x| is small: 1/2 + erf/2 by its odd series. Otherwise from erfc(t) = exp(r(t)),
