@@ -209,7 +209,7 @@ def block_forward(
     return mlp_residual(block, attention_residual(block, x, attn_mask, is_causal), memory)
 
 
-def blocks_forward(blocks: Iterable[Any], kind: type, x: Tensor) -> tuple[Tensor, int]:
+def blocks_forward(blocks: Iterable[Any], kind: type[nn.Module], x: Tensor) -> tuple[Tensor, int]:
     """``block(x)`` for the first of these blocks, and how many they are: as far as one call each is all they need.
 
     kind  the class of blocks whose forward is ``block_forward`` and nothing else

@@ -114,9 +114,10 @@ void attend_block(const AttentionForward& args, int64_t head, Range queries, con
                 c10::CppTypeToScalarType<T>::value, args.shifts + first, args.inverse_sums + first});
   char* out = static_cast<char*>(args.out.mutable_row(head, queries.begin));
   for (int64_t p = 0; p < ceil_div(dim, PANEL); ++p) {
-    GemmTile<T> tile{buffers.weights,   ld,   buffers.v_panels + p * PANEL * padded_k<T>(all_keys),
-                     buffers.products,  PANEL, rows, padded_k<T>(keys), false, tile_columns(dim, p), nullptr, true,
-                     sum_step(dim)};
+    GemmTile<T> tile{buffers.weights,   ld,    buffers.v_panels + p * PANEL * padded_k<T>(all_keys),
+                     buffers.products,  PANEL, rows,
+                     padded_k<T>(keys), false, tile_columns(dim, p),
+                     nullptr,           true,  sum_step(dim)};
     if (p == 0) {
       tile.written = lines_of(args.out, head, queries.begin);
       if (queries.end + rows <= args.q.tokens) tile.read = lines_of(args.q, head, queries.end);

@@ -51,8 +51,8 @@ void mlp_rows(const MlpForward& args, Range rows) {
     for (int64_t f = 0; f < width; f += PANEL) {
       const int64_t p = (f0 + f) / PANEL;
       const T* next = f + PANEL < width ? args.fc1->panel<T>(p + 1) : args.fc2->panel<T>(0) + f0 * PANEL;
-      GemmTile<T> tile{
-          a.data, a.ld, args.fc1->panel<T>(p), products, PANEL, count, padded_k<T>(args.fc1->k), false, PANEL, next};
+      GemmTile<T> tile{a.data, a.ld, args.fc1->panel<T>(p), products, PANEL, count, padded_k<T>(args.fc1->k), false,
+                       PANEL,  next};
       if (args.h.count > 0) tile.written = lines_at(&args.h, rows.begin, p);
       gemm_panel<T>(tile);
       args.store_hidden(products, rows, p, {hidden + f, ld, dtype});
@@ -62,8 +62,7 @@ void mlp_rows(const MlpForward& args, Range rows) {
     for (int64_t p = 0; p < args.fc2->panels; ++p) {
       float* out = sums + p * count * PANEL;
       const T* next = p + 1 < args.fc2->panels ? args.fc2->panel<T>(p + 1) + f0 * PANEL : next_fc1;
-      GemmTile<T> tile{
-          hidden, ld, args.fc2->panel<T>(p) + f0 * PANEL, out, PANEL, count, width, f0 > 0, PANEL, next};
+      GemmTile<T> tile{hidden, ld, args.fc2->panel<T>(p) + f0 * PANEL, out, PANEL, count, width, f0 > 0, PANEL, next};
       if (last) {
         tile.written = lines_at(&args.out, rows.begin, p);
         tile.read = lines_at(args.residual ? &args.x : nullptr, rows.begin, p);

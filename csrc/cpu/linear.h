@@ -94,8 +94,8 @@ void run_gemm(int64_t count, const PackedWeight& weight, const Load& load, const
     const Operand<T> a = load(rows, scratch);
     for (int64_t p = panels.begin; p < panels.end; ++p) {
       const T* next = p + 1 < panels.end ? weight.panel<T>(p + 1) : nullptr;
-      GemmTile<T> tile{
-          a.data, a.ld, weight.panel<T>(p), products, PANEL, rows.size(), padded_k<T>(weight.k), false, PANEL, next};
+      GemmTile<T> tile{a.data, a.ld, weight.panel<T>(p), products, PANEL, rows.size(), padded_k<T>(weight.k), false,
+                       PANEL,  next};
       tile.written = lines_at(written, rows.begin, p);
       tile.read = lines_at(read, rows.begin, p);
       gemm_panel<T>(tile);

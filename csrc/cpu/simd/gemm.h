@@ -24,13 +24,15 @@ FASTVIT_INLINE int64_t packed_offset(int64_t k, int64_t n, int64_t size) {
 }
 
 // The part of the next tile that is fetched along with one micro tile, a line or two for every few steps of k: many at
-// once keep the loads of this tile waiting. Into L1, since the weaker hints may stop at a page whose address is not known.
+// once keep the loads of this tile waiting. Into L1, since the weaker hints may stop at a page whose address is not
+// known.
 class Fetch {
  public:
   static constexpr int64_t GROUP = 8;  // steps of k
 
   template <class T>
-  FASTVIT_INLINE Fetch(const GemmTile<T>& t, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t steps) {
+  FASTVIT_INLINE Fetch(const GemmTile<T>& t, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                       int64_t steps) {
     if (column == 0) written_ = from_row(t.written, row), read_ = from_row(t.read, row), rows_ = rows;
     if (!t.next) return;
     const int64_t all = t.k * PANEL * static_cast<int64_t>(sizeof(T)) / CACHE_LINE, area = t.rows * t.columns;

@@ -51,9 +51,7 @@ FASTVIT_INLINE f32x16 coarse_tail(f32x16 a) {
 }
 
 // |x|, but not beyond NormalTail::end
-FASTVIT_INLINE f32x16 tail_argument(f32x16 x) {
-  return smaller(NormalTail::end, from_bits(bits(x) & 0x7fffffff));
-}
+FASTVIT_INLINE f32x16 tail_argument(f32x16 x) { return smaller(NormalTail::end, from_bits(bits(x) & 0x7fffffff)); }
 
 // x * normal_cdf(x) = max(x, 0) - |x| Phi(-|x|)
 FASTVIT_INLINE f32x16 coarse_gelu(f32x16 x) {

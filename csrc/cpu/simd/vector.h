@@ -99,8 +99,8 @@ FASTVIT_INLINE u32x16 select(u32x16 mask, u32x16 a, u32x16 b) {
   return a;
 }
 
-// a > b ? a : b and a < b ? a : b, so b where one is NaN. The compiler makes a comparison and a choice of these, and the
-// intrinsics would bind the templates to one target.
+// a > b ? a : b and a < b ? a : b, so b where one is NaN. The compiler makes a comparison and a choice of these, and
+// the intrinsics would bind the templates to one target.
 FASTVIT_INLINE f32x16 larger(f32x16 a, f32x16 b) {
 #if FASTVIT_HAS_DOT_PAIRS
   asm("vmaxps %2, %1, %0" : "=v"(a.part[0]) : "v"(a.part[0]), "v"(b.part[0]));
