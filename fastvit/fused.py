@@ -7,6 +7,7 @@ part, with the same result; ``why_not_fused`` names the module and the rule.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_state
 
 from .block_parts import BlockParts, read_block
-from .block_plan import class_token_heads, class_token_linears, run_block
+from .block_plan import class_token_heads, class_token_linears, looks_ahead, run_block, run_blocks
 from .kinds import ACTIVATIONS, HEAD_NORMS, is_watched, kind_of
 from .ops import attention, attention_packed, layernorm_linear, layernorm_mlp, linear_residual, patch_embed
 from .reference import HeadNorm, normalize_pixels, unpack_qkv
@@ -206,6 +207,29 @@ def block_forward(
         x = _add_branch(block, 1, x, _call_attention(block.attn, block.norm1(x), attn_mask, is_causal))
         return _add_branch(block, 2, x, block.mlp(block.norm2(x)))
     return mlp_residual(block, attention_residual(block, x, attn_mask, is_causal), memory)
+
+
+def blocks_forward(blocks: Iterable[Any], kind: type[nn.Module], x: Tensor) -> tuple[Tensor, int]:
+    """``block(x)`` for the first of these blocks, and how many they are: as far as one call each is all they need.
+
+    kind  the class of blocks whose forward is ``block_forward`` and nothing else
+    x     (B, N, E)
+    """
+    parts: list[BlockParts] = []
+    if not _may_read(x) or torch.is_grad_enabled() or not looks_ahead(x):
+        return x, 0
+    for block in blocks:
+        is_plain = type(block) is kind and not is_watched(block) and not _is_replaced(block)
+        read = read_block(block) if is_plain else None
+        if read is None:
+            break
+        parts.append(read)
+    return run_blocks(parts, x)
+
+
+def _is_replaced(block: Any) -> bool:
+    """Whether a call of it is not its class's forward, but one given to this instance, or compiled."""
+    return "forward" in block.__dict__ or block._compiled_call_impl is not None
 
 
 def class_token_block_forward(block: Any, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import weight_init as initial
 from .checkpoints import load_checkpoint
-from .fused import is_watched
+from .fused import blocks_forward, is_watched
 from .intermediates import IntermediateLayers
 from .layers import (
     Attention,
@@ -35,6 +35,9 @@ from .variants import find_variant
 torch.fx.wrap("resample_pos_embed")
 
 POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
+
+
+_BLOCK_FORWARD = Block.forward  # what a plan of a block stands for
 
 
 class VisionTransformer(IntermediateLayers):
@@ -329,12 +332,20 @@ class VisionTransformer(IntermediateLayers):
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
 
+    def _run_blocks(
+        self, blocks: list[nn.Module], x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        done = 0
+        is_plain = attn_mask is None and not is_causal and Block.forward is _BLOCK_FORWARD
+        if is_plain and not self.grad_checkpointing:
+            x, done = blocks_forward(blocks, Block, x)
+        for block in blocks[done:]:
+            x = self._run_block(block, x, attn_mask, is_causal)
+        return x
+
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to normalised tokens, (B, T + L, E)."""
-        x = self._embed(x)
-        for block in self.blocks:
-            x = self._run_block(block, x, attn_mask, is_causal)
-        return self.norm(x)
+        return self.norm(self._run_blocks(list(self.blocks), self._embed(x), attn_mask, is_causal))
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens (B, T + L, E) to features (B, E); the tokens themselves when there is no pooling."""
@@ -372,8 +383,7 @@ class VisionTransformer(IntermediateLayers):
     def _class_token_features(self, images: Tensor) -> Tensor:
         """``forward_features(images)[:, :1]``."""
         x, (*blocks, last) = self._embed(images), self.blocks
-        for block in blocks:
-            x = self._run_block(block, x)
+        x = self._run_blocks(blocks, x)
         if self.grad_checkpointing:
             return self.norm(checkpoint(class_token_block_forward, last, x, use_reentrant=False))
         return self.norm(class_token_block_forward(last, x))

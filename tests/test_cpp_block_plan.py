@@ -10,7 +10,7 @@ from test_host_path import CHANGES, WIDTH, tokens
 from torch import nn
 
 import fastvit
-from fastvit import block_plan, fused, packs
+from fastvit import block_plan, fused, layers, packs
 from fastvit.dispatch import OPS, explaining, recording, use_backend
 from fastvit.layers import LayerScale
 
@@ -60,6 +60,77 @@ def test_all_blocks_of_a_model(planned):
     first, second = model(images), model(images)
     assert torch.equal(first, second)
     assert planned == [True] * 22  # the first block's plan is there for the second one; the last has one of its own
+    assert_as_by_ops(model, images)
+
+
+def planned_model():
+    model, images = (
+        fastvit.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3).eval(),
+        torch.randn(2, 3, 32, 32),
+    )
+    model(images), model(images)
+    return model, images
+
+
+def test_blocks_are_looked_at_before_the_first_one_runs(planned, monkeypatch):
+    model, images = planned_model()
+    seen = []
+    monkeypatch.setattr(fused, "run_block", lambda *args, **options: seen.append(options))
+    monkeypatch.setattr(
+        fused, "read_block", lambda block, read=fused.read_block: seen.append(len(planned)) or read(block)
+    )
+    planned.clear()
+    model(images)
+    assert seen == [0] * 11 + [11, {"class_token": True}]
+    assert planned == [True] * 11
+    seen.clear()
+    with torch.enable_grad():
+        model(images)
+    assert len(seen) == 24
+    model.set_grad_checkpointing()
+    planned.clear()
+    model(images)
+    assert planned == []
+
+
+def _hook(block, calls):
+    block.register_forward_hook(lambda *args: calls.append(1))
+
+
+def _forward_of_its_own(block, calls):
+    block.forward = lambda x: calls.append(1) or 2 * x
+
+
+def _class_of_its_own(block, calls):
+    class Twice(layers.Block):
+        def forward(self, x):
+            calls.append(1)
+            return 2 * super().forward(x)
+
+    block.__class__ = Twice
+
+
+def _compiled(block, calls):
+    block._compiled_call_impl = lambda x: calls.append(1) or 2 * x
+
+
+def test_another_forward_of_all_blocks_is_called(monkeypatch):
+    model, images = planned_model()
+    calls, forward = [], layers.Block.forward
+    monkeypatch.setattr(layers.Block, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    model(images)
+    assert len(calls) == 11  # the last block is run for its class token
+
+
+@pytest.mark.parametrize("change", [_hook, _forward_of_its_own, _class_of_its_own, _compiled], ids=lambda c: c.__name__)
+def test_a_block_that_wants_to_be_called_is(change):
+    model, images = planned_model()
+    calls = []
+    before = model(images)
+    change(model.blocks[5], calls)
+    after = model(images)
+    assert len(calls) == 1
+    assert torch.equal(before, after) == (change is _hook)
     assert_as_by_ops(model, images)
 
 

@@ -64,9 +64,23 @@ struct ForwardBuffers {
   static T* weights_for(float*, Scratch& scratch, int64_t count) { return scratch.take<T>(count); }
 };
 
+// Rows of a head are far apart, where no processor fetches ahead by itself.
+RowLines lines_of(const Heads& x, int64_t head, int64_t token) {
+  const int64_t item = x.tensor.element_size();
+  return {static_cast<const char*>(x.row(head, token)), x.stride() * item, x.dim * item};
+}
+void fetch_rows(const Heads& x, int64_t head) {
+  const RowLines lines = lines_of(x, head, 0);
+  for (int64_t row = 0; row < x.tokens; ++row) {
+    for (int64_t i = 0; i < lines.bytes; i += CACHE_LINE) __builtin_prefetch(lines.data + row * lines.stride + i, 0, 3);
+  }
+}
+
 template <class T>
 void pack_keys_and_values(const AttentionForward& args, int64_t head, const ForwardBuffers<T>& buffers) {
   const int64_t keys = args.k.tokens, dim = args.q.dim;
+  fetch_rows(args.k, head);
+  fetch_rows(args.v, head);
   const Operand<T> k = head_operand<T>(args.k, head, {0, keys}, buffers.operand);
   for (int64_t p = 0; p < ceil_div(keys, PANEL); ++p) {
     pack_panel_transposed(k.data + p * PANEL * k.ld, k.ld, std::min(PANEL, keys - p * PANEL), dim,
@@ -100,8 +114,15 @@ void attend_block(const AttentionForward& args, int64_t head, Range queries, con
                 c10::CppTypeToScalarType<T>::value, args.shifts + first, args.inverse_sums + first});
   char* out = static_cast<char*>(args.out.mutable_row(head, queries.begin));
   for (int64_t p = 0; p < ceil_div(dim, PANEL); ++p) {
-    gemm_panel<T>({buffers.weights, ld, buffers.v_panels + p * PANEL * padded_k<T>(all_keys), buffers.products, PANEL,
-                   rows, padded_k<T>(keys), false, tile_columns(dim, p), nullptr, true, sum_step(dim)});
+    GemmTile<T> tile{buffers.weights,   ld,    buffers.v_panels + p * PANEL * padded_k<T>(all_keys),
+                     buffers.products,  PANEL, rows,
+                     padded_k<T>(keys), false, tile_columns(dim, p),
+                     nullptr,           true,  sum_step(dim)};
+    if (p == 0) {
+      tile.written = lines_of(args.out, head, queries.begin);
+      if (queries.end + rows <= args.q.tokens) tile.read = lines_of(args.q, head, queries.end);
+    }
+    gemm_panel<T>(tile);
     store_scaled(buffers.products, rows, std::min(PANEL, dim - p * PANEL), args.inverse_sums + first,
                  {out + p * PANEL * args.out.tensor.element_size(), args.out.stride(), args.out.dtype()});
   }

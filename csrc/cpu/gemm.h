@@ -23,6 +23,12 @@ constexpr int64_t padded_k(int64_t k) {
   return sizeof(T) == 2 ? round_up(k, 2) : k;
 }
 
+// Rows of memory beside a product, `bytes` of each; null for none.
+struct RowLines {
+  const char* data = nullptr;
+  int64_t stride = 0, bytes = 0;
+};
+
 // C (rows, columns) = A (rows, k) B (k, columns), or += when `accumulate`. C is float32.
 template <class T>
 struct GemmTile {
@@ -39,6 +45,7 @@ struct GemmTile {
   bool packed = true;  // in float32: false for B as rows of 64
   // In float32 products are summed over this many k in registers, then added to C: sums of sums round less.
   int64_t step = 128;
+  RowLines written = {}, read = {};  // by the epilogue: fetched as well
 };
 void gemm_tile(const GemmTile<float>& tile);
 void gemm_tile(const GemmTile<c10::BFloat16>& tile);

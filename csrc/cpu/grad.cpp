@@ -12,9 +12,11 @@ float* product_rows(const GradRows<T>& dy, const PackedWeight& weight, Range row
   const int64_t count = rows.size(), k_size = padded_k<T>(weight.k);
   float* sums = scratch.take<float>(weight.panels * count * PANEL);
   for (int64_t k = 0; k < k_size; k += K_BLOCK) {
+    const int64_t size = std::min(K_BLOCK, k_size - k);
     for (int64_t p = 0; p < weight.panels; ++p) {
+      const T* next = p + 1 < weight.panels ? weight.panel<T>(p + 1) + k * PANEL : nullptr;
       gemm_tile({dy.data + rows.begin * dy.ld + k, dy.ld, weight.panel<T>(p) + k * PANEL, sums + p * count * PANEL,
-                 PANEL, count, std::min(K_BLOCK, k_size - k), k > 0});
+                 PANEL, count, size, k > 0, PANEL, next});
     }
   }
   gemm_release<T>();
@@ -56,7 +58,7 @@ void linear_weight_grad(const TransposedRows<T>& x, const GradRows<T>& g, int64_
   parallel_tasks(ceil_div(features, PANEL), [&](int64_t p) {
     const int64_t n0 = p * PANEL, columns = std::min(PANEL, features - n0);
     Scratch scratch;
-    T* panel = scratch.take<T>(padded_k<T>(ROW_CHUNK) * PANEL);
+    T* panel = scratch.take<T>(padded_k<T>(MAX_ROW_CHUNK) * PANEL);
     float* sums = scratch.take<float>(x.width * PANEL);  // (E, 64)
     for (int64_t c = 0; c < row_chunks(rows); ++c) {
       const Range chunk = row_chunk(rows, c);

@@ -9,11 +9,16 @@
 
 namespace fastvit::cpu {
 
-constexpr int64_t ROW_CHUNK = 768;  // rows a weight-gradient GEMM call sums over
-constexpr int64_t ROW_GROUP = 64;   // rows a partial sum covers; divides ROW_CHUNK
+constexpr int64_t MAX_ROW_CHUNK = 832;  // rows a weight-gradient GEMM call sums over; four images of 197 tokens fit
+constexpr int64_t ROW_GROUP = 64;       // rows a partial sum covers
 
-inline int64_t row_chunks(int64_t rows) { return ceil_div(rows, ROW_CHUNK); }
-inline Range row_chunk(int64_t rows, int64_t i) { return {i * ROW_CHUNK, std::min(rows, (i + 1) * ROW_CHUNK)}; }
+// As equal as multiples of 16 can be: a few rows left over would cost a pass over all sums.
+inline int64_t row_chunks(int64_t rows) { return ceil_div(rows, MAX_ROW_CHUNK); }
+inline int64_t row_chunk_size(int64_t rows) { return round_up(ceil_div(rows, row_chunks(rows)), LANES); }
+inline Range row_chunk(int64_t rows, int64_t i) {
+  const int64_t size = row_chunk_size(rows);
+  return {std::min(rows, i * size), std::min(rows, (i + 1) * size)};
+}
 
 // (chunks, width, ld): the rows of a chunk side by side, zeros behind the last.
 template <class T>
@@ -30,7 +35,7 @@ void transpose_rows16(const float* src, int64_t width, void* dst, int64_t ld, at
 template <class T, class Load>
 TransposedRows<T> transpose_rows(int64_t rows, int64_t width, const Load& load, int64_t spare = 0) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
-  const int64_t ld = round_up(std::min(rows, ROW_CHUNK), LANES);
+  const int64_t ld = row_chunk_size(rows);
   TransposedRows<T> out{at::empty({row_chunks(rows), width, ld}, dtype), width, ld};
   T* data = out.storage.template mutable_data_ptr<T>();
   parallel_tasks(ceil_div(rows, ROW_GROUP), [&](int64_t group) {
@@ -44,7 +49,7 @@ TransposedRows<T> transpose_rows(int64_t rows, int64_t width, const Load& load, 
           std::fill_n(sixteen + i * width, width, 0.0f);
         }
       }
-      transpose_rows16(sixteen, width, data + m0 / ROW_CHUNK * width * ld + m0 % ROW_CHUNK, ld, dtype);
+      transpose_rows16(sixteen, width, data + m0 / ld * width * ld + m0 % ld, ld, dtype);
     }
   });
   return out;

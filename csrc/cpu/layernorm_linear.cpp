@@ -28,10 +28,11 @@ std::tuple<Tensor, Tensor, Tensor> layernorm_linear_fwd(const Tensor& x, const O
     const auto packed = packed_weight(weight, cache, rows.count);
     const Rows target = rows_of(out);
     with_compute_type(packed->data.scalar_type(), [&]<class T>(T) {
-      run_linear<T>(rows, norm, *packed, [&](const float* products, Range block, int64_t p) {
+      const auto store = [&](const float* products, Range block, int64_t p) {
         store_biased({products, PANEL, block.size(), panel_columns(*packed, p), bias_data + p * PANEL},
                      target_at(target, block.begin, p));
-      });
+      };
+      run_linear<T>(rows, norm, *packed, store, &target);
     });
   }
   return {out.view(with_last(x, weight.size(0))), mean, rstd};

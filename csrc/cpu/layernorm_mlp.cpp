@@ -51,17 +51,26 @@ void mlp_rows(const MlpForward& args, Range rows) {
     for (int64_t f = 0; f < width; f += PANEL) {
       const int64_t p = (f0 + f) / PANEL;
       const T* next = f + PANEL < width ? args.fc1->panel<T>(p + 1) : args.fc2->panel<T>(0) + f0 * PANEL;
-      gemm_panel<T>(
-          {a.data, a.ld, args.fc1->panel<T>(p), products, PANEL, count, padded_k<T>(args.fc1->k), false, PANEL, next});
+      GemmTile<T> tile{a.data, a.ld, args.fc1->panel<T>(p), products, PANEL, count, padded_k<T>(args.fc1->k), false,
+                       PANEL,  next};
+      if (args.h.count > 0) tile.written = lines_at(&args.h, rows.begin, p);
+      gemm_panel<T>(tile);
       args.store_hidden(products, rows, p, {hidden + f, ld, dtype});
     }
+    const bool last = f0 + width == hidden_size;
+    const T* next_fc1 = last ? nullptr : args.fc1->panel<T>((f0 + width) / PANEL);
     for (int64_t p = 0; p < args.fc2->panels; ++p) {
-      const T* next = p + 1 < args.fc2->panels ? args.fc2->panel<T>(p + 1) + f0 * PANEL : nullptr;
-      gemm_tile({hidden, ld, args.fc2->panel<T>(p) + f0 * PANEL, sums + p * count * PANEL, PANEL, count, width, f0 > 0,
-                 PANEL, next});
+      float* out = sums + p * count * PANEL;
+      const T* next = p + 1 < args.fc2->panels ? args.fc2->panel<T>(p + 1) + f0 * PANEL : next_fc1;
+      GemmTile<T> tile{hidden, ld, args.fc2->panel<T>(p) + f0 * PANEL, out, PANEL, count, width, f0 > 0, PANEL, next};
+      if (last) {
+        tile.written = lines_at(&args.out, rows.begin, p);
+        tile.read = lines_at(args.residual ? &args.x : nullptr, rows.begin, p);
+      }
+      gemm_tile(tile);
+      if (last) args.store_out(out, rows, p);
     }
   }
-  for (int64_t p = 0; p < args.fc2->panels; ++p) args.store_out(sums + p * count * PANEL, rows, p);
   gemm_release<T>();
 }
 
@@ -69,11 +78,15 @@ void mlp_rows(const MlpForward& args, Range rows) {
 template <class T>
 void mlp_two_passes(const MlpForward& args) {
   const Rows hidden = rows_of(at::empty({args.x.count, args.fc1->n}, args.fc1->data.options()));
-  run_linear<T>(args.x, args.norm, *args.fc1, [&](const float* products, Range rows, int64_t p) {
-    args.store_hidden(products, rows, p, target_at(hidden, rows.begin, p));
-  });
-  run_linear<T>(hidden, {}, *args.fc2,
-                [&](const float* products, Range rows, int64_t p) { args.store_out(products, rows, p); });
+  run_linear<T>(
+      args.x, args.norm, *args.fc1,
+      [&](const float* products, Range rows, int64_t p) {
+        args.store_hidden(products, rows, p, target_at(hidden, rows.begin, p));
+      },
+      &hidden, args.h.count > 0 ? &args.h : nullptr);
+  run_linear<T>(
+      hidden, {}, *args.fc2, [&](const float* products, Range rows, int64_t p) { args.store_out(products, rows, p); },
+      &args.out, args.residual ? &args.x : nullptr);
 }
 
 template <class T>

@@ -9,7 +9,7 @@
 namespace fastvit::cpu {
 namespace {
 
-constexpr int64_t TILE_ROWS = 128;  // even, and divides ROW_CHUNK
+constexpr int64_t TILE_ROWS = 128;  // even
 
 template <class T>
 struct MlpBackward {
@@ -41,8 +41,8 @@ struct ChunkPanels {
       : da(scratch.take<float>(TILE_ROWS * PANEL)),
         activated_tile(scratch.take<float>(TILE_ROWS * PANEL)),
         dh_tile(scratch.take<float>(TILE_ROWS * PANEL)),
-        activated(scratch.take<T>(ROW_CHUNK * PANEL)),
-        dh(scratch.take<T>(ROW_CHUNK * PANEL)) {}
+        activated(scratch.take<T>(MAX_ROW_CHUNK * PANEL)),
+        dh(scratch.take<T>(MAX_ROW_CHUNK * PANEL)) {}
 };
 
 // Into the panels, at once where a tile lies as a panel does.

@@ -60,42 +60,6 @@ Grid plan_grid(int64_t rows, int64_t panels);
 // Row blocks for work that needs all columns of a row.
 int64_t plan_row_blocks(int64_t rows);
 
-// For every tile: store(products (rows, 64) with row stride 64, rows, panel). load(rows, scratch) gives the operand.
-template <class T, class Load, class Store>
-void run_gemm(int64_t count, const PackedWeight& weight, const Load& load, const Store& store) {
-  const Grid grid = plan_grid(count, weight.panels);
-  parallel_tasks(grid.row_blocks * grid.panel_groups, [&](int64_t task) {
-    const Range rows = piece(count, grid.row_blocks, task / grid.panel_groups);
-    const Range panels = piece(weight.panels, grid.panel_groups, task % grid.panel_groups);
-    Scratch scratch;
-    float* products = scratch.take<float>(rows.size() * PANEL);
-    const Operand<T> a = load(rows, scratch);
-    for (int64_t p = panels.begin; p < panels.end; ++p) {
-      const T* next = p + 1 < panels.end ? weight.panel<T>(p + 1) : nullptr;
-      gemm_panel<T>(
-          {a.data, a.ld, weight.panel<T>(p), products, PANEL, rows.size(), padded_k<T>(weight.k), false, PANEL, next});
-      store(products, rows, p);
-    }
-    gemm_release<T>();
-  });
-}
-
-template <class T, class Store>
-void run_linear(const Rows& x, const Norm& norm, const PackedWeight& weight, const Store& store) {
-  run_gemm<T>(
-      x.count, weight, [&](Range rows, Scratch& scratch) { return load_operand<T>(x, norm, rows, scratch); }, store);
-}
-
-// Call run(T{}) with the C++ type of a compute dtype.
-template <class Run>
-void with_compute_type(at::ScalarType dtype, const Run& run) {
-  if (dtype == at::kFloat) {
-    run(float{});
-  } else {
-    run(c10::BFloat16{});
-  }
-}
-
 // Columns of panel `p` that exist.
 inline int64_t panel_columns(const PackedWeight& weight, int64_t p) { return std::min(PANEL, weight.n - p * PANEL); }
 
@@ -106,6 +70,57 @@ inline const void* tile_at(const Rows& rows, int64_t first_row, int64_t p) {
 inline TileTarget target_at(const Rows& rows, int64_t first_row, int64_t p) {
   char* row = static_cast<char*>(rows.mutable_row(first_row));
   return {row + p * PANEL * rows.tensor.element_size(), rows.stride(), rows.dtype()};
+}
+
+// Panel `p` of what an epilogue reads or writes; null for nothing.
+inline RowLines lines_at(const Rows* rows, int64_t first_row, int64_t p) {
+  if (!rows) return {};
+  const int64_t item = rows->tensor.element_size();
+  const void* data = tile_at(*rows, first_row, p);
+  return {static_cast<const char*>(data), rows->stride() * item, std::min(PANEL, rows->width - p * PANEL) * item};
+}
+
+// For every tile: store(products (rows, 64) with row stride 64, rows, panel). load(rows, scratch) gives the operand;
+// `written` and `read` are fetched for the store.
+template <class T, class Load, class Store>
+void run_gemm(int64_t count, const PackedWeight& weight, const Load& load, const Store& store,
+              const Rows* written = nullptr, const Rows* read = nullptr) {
+  const Grid grid = plan_grid(count, weight.panels);
+  parallel_tasks(grid.row_blocks * grid.panel_groups, [&](int64_t task) {
+    const Range rows = piece(count, grid.row_blocks, task / grid.panel_groups);
+    const Range panels = piece(weight.panels, grid.panel_groups, task % grid.panel_groups);
+    Scratch scratch;
+    float* products = scratch.take<float>(rows.size() * PANEL);
+    const Operand<T> a = load(rows, scratch);
+    for (int64_t p = panels.begin; p < panels.end; ++p) {
+      const T* next = p + 1 < panels.end ? weight.panel<T>(p + 1) : nullptr;
+      GemmTile<T> tile{a.data, a.ld, weight.panel<T>(p), products, PANEL, rows.size(), padded_k<T>(weight.k), false,
+                       PANEL,  next};
+      tile.written = lines_at(written, rows.begin, p);
+      tile.read = lines_at(read, rows.begin, p);
+      gemm_panel<T>(tile);
+      store(products, rows, p);
+    }
+    gemm_release<T>();
+  });
+}
+
+template <class T, class Store>
+void run_linear(const Rows& x, const Norm& norm, const PackedWeight& weight, const Store& store,
+                const Rows* written = nullptr, const Rows* read = nullptr) {
+  run_gemm<T>(
+      x.count, weight, [&](Range rows, Scratch& scratch) { return load_operand<T>(x, norm, rows, scratch); }, store,
+      written, read);
+}
+
+// Call run(T{}) with the C++ type of a compute dtype.
+template <class Run>
+void with_compute_type(at::ScalarType dtype, const Run& run) {
+  if (dtype == at::kFloat) {
+    run(float{});
+  } else {
+    run(c10::BFloat16{});
+  }
 }
 
 }  // namespace fastvit::cpu

@@ -27,7 +27,7 @@ Tensor linear_residual_fwd(const Tensor& x, const Tensor& weight, const Optional
     const auto packed = packed_weight(weight, cache, rows.count);
     const Rows target = rows_of(out);
     with_compute_type(packed->data.scalar_type(), [&]<class T>(T) {
-      run_linear<T>(rows, {}, *packed, [&](const float* products, Range block, int64_t p) {
+      const auto store = [&](const float* products, Range block, int64_t p) {
         store_residual({{products, PANEL, block.size(), panel_columns(*packed, p), bias_data + p * PANEL},
                         scale + p * PANEL,
                         row_factor,
@@ -35,7 +35,8 @@ Tensor linear_residual_fwd(const Tensor& x, const Tensor& weight, const Optional
                         tile_at(residual_rows, block.begin, p),
                         residual_rows.stride(),
                         target_at(target, block.begin, p)});
-      });
+      };
+      run_linear<T>(rows, {}, *packed, store, &target, &residual_rows);
     });
   }
   return out.view(residual.sizes());
@@ -74,10 +75,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_residual_bwd(const Tensor& dou
     if (want_x) {
       const Rows target = rows_of(dx);
       const PackedWeight packed = pack_matrix(weight, dtype, scale.const_data_ptr<float>());
-      run_linear<T>(g.rows(features), {}, packed, [&](const float* products, Range block, int64_t p) {
+      const auto store = [&](const float* products, Range block, int64_t p) {
         store_biased({products, PANEL, block.size(), panel_columns(packed, p), ZEROS},
                      target_at(target, block.begin, p));
-      });
+      };
+      run_linear<T>(g.rows(features), {}, packed, store, &target);
     }
     if (want_weight || want_scale) {
       const auto transposed = transpose_rows<T>(rows.count, rows.width, [&](int64_t i, float* buffer) {

@@ -9,6 +9,7 @@ unusual the ops run. The kernels are the same, so the result is too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..ops import _register
 from . import cpp, hopper
 from .plan import Later, Plan, class_token_heads, class_token_linears, parameters
 
-__all__ = ["class_token_heads", "class_token_linears", "run_block"]
+__all__ = ["class_token_heads", "class_token_linears", "looks_ahead", "run_block", "run_blocks"]
 
 _MOST_KEPT = 1024
 _plans: dict[tuple, Plan | None] = {}
@@ -30,14 +31,44 @@ _UNKNOWN: Any = object()
 
 def run_block(parts: BlockParts, x: Tensor, memory: str = "default", *, class_token: bool = False) -> Tensor | None:
     """What the block makes of x (B, N, E), or of its token 0 alone; None where the ops have to run."""
-    if not (_is_plain(parts) and _is_unwatched() and _needs_no_gradient(parts, x)):
+    plan = _usable_plan(parts, x, memory, class_token) if _is_unwatched() else None
+    return None if plan is None else _run(plan, parts, x)
+
+
+def looks_ahead(x: Tensor) -> bool:
+    """Whether all blocks are to be looked at before the first one runs.
+
+    Between two blocks a CPU's threads wait for the host, and its code has to come back into the caches each time. A GPU
+    is at work meanwhile.
+    """
+    return not _is_on_gpu(x)
+
+
+def run_blocks(blocks: Sequence[BlockParts], x: Tensor) -> tuple[Tensor, int]:
+    """What the first of these make of x, and how many they are: 0 where the ops have to run."""
+    plans: list[Plan] = []
+    for parts in blocks if _is_unwatched() else ():
+        plan = _usable_plan(parts, x, "default", False)  # what comes out of a block is what goes into the next
+        if plan is None:
+            break
+        plans.append(plan)
+    for done, (plan, parts) in enumerate(zip(plans, blocks, strict=False)):
+        out = _run(plan, parts, x)
+        if out is None:
+            return x, done
+        x = out
+    return x, len(plans)
+
+
+def _usable_plan(parts: BlockParts, x: Tensor, memory: str, class_token: bool) -> Plan | None:
+    if not (_is_plain(parts) and _needs_no_gradient(parts, x)):
         return None
     way = hopper if _is_on_gpu(x) else cpp
     key = way.key(parts, x, memory, class_token)
     plan = _plans.get(key, _UNKNOWN)  # one question: another thread may clear them
     if plan is _UNKNOWN:
         plan = _find_plan(way, key, parts, x, memory, class_token)
-    return None if plan is None or plan.is_outdated() else _run(plan, parts, x)
+    return None if plan is None or plan.is_outdated() else plan
 
 
 def _find_plan(way: ModuleType, key: tuple, *call: Any) -> Plan | None:

@@ -6,13 +6,14 @@
 namespace fastvit::cpu::FASTVIT_ISA {
 
 template <class S>
-FASTVIT_INLINE S* at_row(const TileTarget& target, int64_t row) {
+FASTVIT_INLINE S* at_row(const TileTarget target, int64_t row) {
   return static_cast<S*>(target.data) + row * target.stride;
 }
 
 // body(row, n, columns from n on) for every sixteen columns; all sixteen are there in most tiles, and known to be.
+// Tiles are passed by value: what is stored might change them otherwise.
 template <class Body>
-FASTVIT_INLINE void each_vector(const TileSource& tile, const Body& body) {
+FASTVIT_INLINE void each_vector(const TileSource tile, const Body& body) {
   for (int64_t r = 0; r < tile.rows; ++r) {
     if (tile.columns == PANEL) {
 #pragma GCC unroll 4
@@ -23,18 +24,18 @@ FASTVIT_INLINE void each_vector(const TileSource& tile, const Body& body) {
   }
 }
 
-FASTVIT_INLINE f32x16 biased(const TileSource& tile, int64_t r, int64_t n) {
+FASTVIT_INLINE f32x16 biased(const TileSource tile, int64_t r, int64_t n) {
   return load16(tile.products + r * tile.ld + n) + load16(tile.bias + n);
 }
 
 template <class S>
-FASTVIT_INLINE void store_biased_as(const TileSource& tile, const TileTarget& target) {
+FASTVIT_INLINE void store_biased_as(const TileSource tile, const TileTarget target) {
   each_vector(tile, [&](int64_t r, int64_t n, int64_t left)
                         FASTVIT_ALWAYS_INLINE { store_part(at_row<S>(target, r) + n, biased(tile, r, n), left); });
 }
 
 template <class S, Activation A>
-FASTVIT_INLINE void store_activated_by(const TileSource& tile, const TileTarget& activated) {
+FASTVIT_INLINE void store_activated_by(const TileSource tile, const TileTarget activated) {
   each_vector(tile, [&](int64_t r, int64_t n, int64_t left) FASTVIT_ALWAYS_INLINE {
     store_part(at_row<S>(activated, r) + n, activate<S, A>(biased(tile, r, n)), left);
   });
@@ -53,7 +54,7 @@ FASTVIT_INLINE void store_activated_as(const TileSource& tile, Activation act, c
 }
 
 template <class S>
-FASTVIT_INLINE void store_residual_as(const ResidualTile& args) {
+FASTVIT_INLINE void store_residual_as(const ResidualTile args) {
   each_vector(args.tile, [&](int64_t r, int64_t n, int64_t left) FASTVIT_ALWAYS_INLINE {
     f32x16 value = biased(args.tile, r, n) * load16(args.layer_scale + n) * args.row_scale(args.first_row + r);
     if (args.residual) value += load_part(static_cast<const S*>(args.residual) + r * args.residual_stride + n, left);

@@ -23,25 +23,48 @@ FASTVIT_INLINE int64_t packed_offset(int64_t k, int64_t n, int64_t size) {
   return block * PANEL + n / GEMM_COLUMNS * GEMM_COLUMNS * count + (k - block) * GEMM_COLUMNS + n % GEMM_COLUMNS;
 }
 
-// The part of the next tile that is fetched along with one micro tile, in shares between its steps of k.
-struct Fetch {
-  const char* from = nullptr;
-  int64_t lines = 0;
+// The part of the next tile that is fetched along with one micro tile, a line or two for every few steps of k: many at
+// once keep the loads of this tile waiting. Into L1, since the weaker hints may stop at a page whose address is not
+// known.
+class Fetch {
+ public:
+  static constexpr int64_t GROUP = 8;  // steps of k
 
   template <class T>
-  FASTVIT_INLINE Fetch(const GemmTile<T>& t, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  FASTVIT_INLINE Fetch(const GemmTile<T>& t, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                       int64_t steps) {
+    if (column == 0) written_ = from_row(t.written, row), read_ = from_row(t.read, row), rows_ = rows;
     if (!t.next) return;
     const int64_t all = t.k * PANEL * static_cast<int64_t>(sizeof(T)) / CACHE_LINE, area = t.rows * t.columns;
-    const int64_t before = column * t.rows + row * columns, first = all * before / area;
-    from = static_cast<const char*>(t.next) + first * CACHE_LINE;
-    lines = all * (before + rows * columns) / area - first;
+    const int64_t before = column * t.rows + row * columns;
+    const char* lines = static_cast<const char*>(t.next);
+    at_ = lines + all * before / area * CACHE_LINE;
+    end_ = lines + all * (before + rows * columns) / area * CACHE_LINE;
+    share_ = ceil_div((end_ - at_) / CACHE_LINE * GROUP, steps);
   }
 
-  FASTVIT_INLINE void step(int64_t done, int64_t now, int64_t total) const {
-    if (lines == 0) return;
-    const int64_t end = lines * (done + now) / total;
-    for (int64_t i = lines * done / total; i < end; ++i) __builtin_prefetch(from + i * CACHE_LINE, 0, 2);
+  FASTVIT_INLINE void step() {
+    if (rows_ > 0) {
+      fetch_row(written_);
+      fetch_row(read_);
+      --rows_;
+    }
+    for (int64_t i = 0; i < share_ && at_ < end_; ++i, at_ += CACHE_LINE) __builtin_prefetch(at_, 0, 3);
   }
+
+ private:
+  static FASTVIT_INLINE RowLines from_row(const RowLines& rows, int64_t i) {
+    return {rows.data + i * rows.stride, rows.stride, rows.bytes};
+  }
+  static FASTVIT_INLINE void fetch_row(RowLines& rows) {
+    for (int64_t i = 0; i < rows.bytes; i += CACHE_LINE) __builtin_prefetch(rows.data + i, 0, 3);
+    rows.data += rows.stride;
+  }
+
+  RowLines written_, read_;
+  int64_t rows_ = 0;  // of them, left
+  const char *at_ = nullptr, *end_ = nullptr;
+  int64_t share_ = 0;  // lines a group
 };
 
 template <int ROWS, int VECTORS>
@@ -57,14 +80,18 @@ FASTVIT_INLINE void store_tile(const f32x16 (&acc)[ROWS][VECTORS], float* c, int
 // acc += A (ROWS, count) B (count, 16 * VECTORS)
 template <int ROWS, int VECTORS>
 FASTVIT_INLINE void multiply(f32x16 (&acc)[ROWS][VECTORS], const float* a, int64_t lda, const float* b, int64_t ldb,
-                             int64_t count) {
-  for (int64_t k = 0; k < count; ++k) {
-    f32x16 row[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) row[v] = load16(b + k * ldb + v * LANES);
+                             int64_t count, Fetch& fetch) {
+  for (int64_t k0 = 0; k0 < count; k0 += Fetch::GROUP) {
+    fetch.step();
+    const int64_t end = std::min(count, k0 + Fetch::GROUP);
+    for (int64_t k = k0; k < end; ++k) {
+      f32x16 row[VECTORS];
+      for (int v = 0; v < VECTORS; ++v) row[v] = load16(b + k * ldb + v * LANES);
 #pragma GCC unroll 12
-    for (int i = 0; i < ROWS; ++i) {
-      const f32x16 left = a[i * lda + k];
-      for (int v = 0; v < VECTORS; ++v) acc[i][v] = acc[i][v] + left * row[v];
+      for (int i = 0; i < ROWS; ++i) {
+        const f32x16 left = a[i * lda + k];
+        for (int v = 0; v < VECTORS; ++v) acc[i][v] = acc[i][v] + left * row[v];
+      }
     }
   }
 }
@@ -72,18 +99,17 @@ FASTVIT_INLINE void multiply(f32x16 (&acc)[ROWS][VECTORS], const float* a, int64
 // ROWS x (16 * VECTORS) of C from row `r` and column `n` on.
 template <int ROWS, int VECTORS>
 FASTVIT_INLINE void micro_tile(const GemmTile<float>& t, int64_t r, int64_t n) {
-  const Fetch fetch(t, r, ROWS, n, VECTORS * LANES);
+  Fetch fetch(t, r, ROWS, n, VECTORS * LANES, t.k);
   const float* a = t.a + r * t.lda;
   for (int64_t k0 = 0; k0 < t.k; k0 += t.step) {
     const int64_t end = std::min(t.k, k0 + t.step);
-    fetch.step(k0, end - k0, t.k);
     f32x16 acc[ROWS][VECTORS] = {};
     if (GEMM_COLUMNS == PANEL || !t.packed) {
-      multiply(acc, a + k0, t.lda, t.b + k0 * PANEL + n, PANEL, end - k0);
+      multiply(acc, a + k0, t.lda, t.b + k0 * PANEL + n, PANEL, end - k0, fetch);
     } else {
       for (int64_t k = k0; k < end;) {
         const int64_t count = std::min(end, (k / PANEL + 1) * PANEL) - k;
-        multiply(acc, a + k, t.lda, t.b + packed_offset(k, n, t.k), GEMM_COLUMNS, count);
+        multiply(acc, a + k, t.lda, t.b + packed_offset(k, n, t.k), GEMM_COLUMNS, count, fetch);
         k += count;
       }
     }
@@ -101,14 +127,13 @@ FASTVIT_INLINE f32x16 dot_pairs(f32x16 acc, f32x16 a, f32x16 b) {
 // As above with pairs of k: one of A is broadcast and multiplied with 16 of B.
 template <int ROWS, int VECTORS>
 FASTVIT_INLINE void micro_tile(const GemmTile<c10::BFloat16>& t, int64_t r, int64_t n) {
-  constexpr int64_t PAIR_STEP = 64;
-  const Fetch fetch(t, r, ROWS, n, VECTORS * LANES);
   const int64_t pairs = t.k / 2;
+  Fetch fetch(t, r, ROWS, n, VECTORS * LANES, pairs);
   const c10::BFloat16 *a = t.a + r * t.lda, *b = t.b + 2 * n;
   f32x16 acc[ROWS][VECTORS] = {};
-  for (int64_t k0 = 0; k0 < pairs; k0 += PAIR_STEP) {
-    const int64_t end = std::min(pairs, k0 + PAIR_STEP);
-    fetch.step(k0, end - k0, pairs);
+  for (int64_t k0 = 0; k0 < pairs; k0 += Fetch::GROUP) {
+    fetch.step();
+    const int64_t end = std::min(pairs, k0 + Fetch::GROUP);
     for (int64_t k = k0; k < end; ++k) {
       f32x16 row[VECTORS];
       for (int v = 0; v < VECTORS; ++v)

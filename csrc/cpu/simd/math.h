@@ -5,12 +5,12 @@
 
 namespace fastvit::cpu::FASTVIT_ISA {
 
-constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float INF = std::numeric_limits<float>::infinity(), LOG2_E = 1.44269504f;
 
 // exp(x) to 1 ulp for x below 88; 0 below the smallest normal number.
 FASTVIT_INLINE f32x16 exp16(f32x16 x) {
   constexpr float round_bias = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const f32x16 shifted = x * 1.44269504f + round_bias;
+  const f32x16 shifted = x * LOG2_E + round_bias;
   const f32x16 n = shifted - round_bias;
   const f32x16 f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   f32x16 p = f * 1.37805939e-3f + 8.37312452e-3f;
@@ -47,24 +47,21 @@ FASTVIT_INLINE f32x16 coarse_tail(f32x16 a) {
   p = p * a + NormalTail::c2;
   p = p * a + NormalTail::c1;
   p = p * a + NormalTail::c0;
-  return coarse_exp2(select(p < -126.0f, -126.0f, p));
+  return coarse_exp2(larger(-126.0f, p));
 }
 
 // |x|, but not beyond NormalTail::end
-FASTVIT_INLINE f32x16 tail_argument(f32x16 x) {
-  const f32x16 magnitude = from_bits(bits(x) & 0x7fffffff);
-  return select(magnitude > NormalTail::end, NormalTail::end, magnitude);
-}
+FASTVIT_INLINE f32x16 tail_argument(f32x16 x) { return smaller(NormalTail::end, from_bits(bits(x) & 0x7fffffff)); }
 
 // x * normal_cdf(x) = max(x, 0) - |x| Phi(-|x|)
 FASTVIT_INLINE f32x16 coarse_gelu(f32x16 x) {
   const f32x16 a = tail_argument(x);
-  return select(x < 0.0f, 0.0f, x) - a * coarse_tail(a);
+  return larger(0.0f, x) - a * coarse_tail(a);
 }
 
 FASTVIT_INLINE Gate coarse_gelu_gate(f32x16 x) {
   const f32x16 a = tail_argument(x), tail = coarse_tail(a), p = a * a * -0.721347520f;
-  return {select(x < 0.0f, tail, 1.0f - tail), coarse_exp2(select(p < -126.0f, -126.0f, p)) * 0.398942280f};
+  return {select(x < 0.0f, tail, 1.0f - tail), coarse_exp2(larger(-126.0f, p)) * 0.398942280f};
 }
 
 // The normal distribution's integral. |x| is small: 1/2 + erf/2 by its odd series. Otherwise from erfc(t) = exp(r(t)),

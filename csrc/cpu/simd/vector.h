@@ -99,6 +99,25 @@ FASTVIT_INLINE u32x16 select(u32x16 mask, u32x16 a, u32x16 b) {
   return a;
 }
 
+// a > b ? a : b and a < b ? a : b, so b where one is NaN. The compiler makes a comparison and a choice of these, and
+// the intrinsics would bind the templates to one target.
+FASTVIT_INLINE f32x16 larger(f32x16 a, f32x16 b) {
+#if FASTVIT_HAS_DOT_PAIRS
+  asm("vmaxps %2, %1, %0" : "=v"(a.part[0]) : "v"(a.part[0]), "v"(b.part[0]));
+  return a;
+#else
+  return select(a > b, a, b);
+#endif
+}
+FASTVIT_INLINE f32x16 smaller(f32x16 a, f32x16 b) {
+#if FASTVIT_HAS_DOT_PAIRS
+  asm("vminps %2, %1, %0" : "=v"(a.part[0]) : "v"(a.part[0]), "v"(b.part[0]));
+  return a;
+#else
+  return select(a < b, a, b);
+#endif
+}
+
 FASTVIT_INLINE u32x16 bits(f32x16 value) {
   u32x16 out;
   FASTVIT_EACH_PART out.part[i] = (words)value.part[i];
@@ -200,7 +219,7 @@ FASTVIT_INLINE shorts rounded_to_bf16(f32x16 value) {
 // Round to nearest even; the result sits in the low 16 bits.
 FASTVIT_INLINE u32x16 bf16_bits(f32x16 value) {
 #if FASTVIT_HAS_DOT_PAIRS
-  if (ROUNDS_TO_BF16) {
+  if (__builtin_expect(ROUNDS_TO_BF16, true)) {
     u32x16 out;
     out.part[0] = __builtin_convertvector(rounded_to_bf16(value), words);
     return out;
@@ -213,7 +232,7 @@ FASTVIT_INLINE u32x16 bf16_bits(f32x16 value) {
 
 FASTVIT_INLINE void store16(c10::BFloat16* dst, f32x16 value) {
 #if FASTVIT_HAS_DOT_PAIRS
-  if (ROUNDS_TO_BF16) {
+  if (__builtin_expect(ROUNDS_TO_BF16, true)) {
     const shorts rounded = rounded_to_bf16(value);
     __builtin_memcpy(dst, &rounded, sizeof(rounded));
     return;
