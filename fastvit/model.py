@@ -35,8 +35,6 @@ from .variants import find_variant
 torch.fx.wrap("resample_pos_embed")
 
 POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
-
-
 _BLOCK_FORWARD = Block.forward  # what a plan of a block stands for
 
 
