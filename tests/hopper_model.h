@@ -229,14 +229,16 @@ inline void issue(Operands operands, float* d, int n, uint64_t a, const uint32_t
   if (block->order == 1 && p.issued == kLanes) run_products(thread() / kLanes, issued(w));
 }
 
-// Not even to be read: wgmma.wait_group's "accessing ... the input register containing the fragments of matrix A".
-inline void expect_no_product_has(const uint32_t* registers, int count) {
-  const Lane& l = lane();
+// Other instructions that read registers, by the manual on wgmma.wait_group ("accessing ... the input register
+// containing the fragments of matrix A") and wgmma.fence.
+inline void read_registers(const uint32_t* from, int count) {
+  Lane& l = lane();
   for (int i = l.finished; i < l.products; ++i) {
     const uint32_t* fragment = warp().products[i].registers[thread() % kLanes];
-    expect(fragment == nullptr || fragment + 4 <= registers || registers + count <= fragment,
+    expect(fragment == nullptr || fragment + 4 <= from || from + count <= fragment,
            "a product's operand is read from registers before the product was waited for");
   }
+  l.fenced = false;
 }
 
 inline void wait_for_groups(int latest) {

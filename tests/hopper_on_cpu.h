@@ -114,7 +114,7 @@ void multiply_across(float* d, uint64_t a, uint64_t b, bool add) {
 inline void store_matrices(void* row, const uint32_t* words) {
   const uint32_t address = cpu::address_of(row), of_lane = cpu::thread() % cpu::kLanes;
   cpu::expect(address % 16 == 0, "a matrix's row that does not start at a multiple of 16 bytes");
-  cpu::expect_no_product_has(words, 4);
+  cpu::read_registers(words, 4);
   for (int matrix = 0; matrix < 4; ++matrix) {
     const uint32_t to = shuffle(address, 8 * matrix + of_lane / 4) + of_lane % 4 * 4;
     std::memcpy(cpu::at_address(to, 4), words + matrix, 4);

@@ -78,6 +78,19 @@ def test_in_every_order(emulated, monkeypatch, tokens, order):
     prove_one(emulated, 2, 3, tokens)
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 2])
+@pytest.mark.parametrize(("queries", "keys"), [(37, 65), (300, 70), (129, 128), (1, 208), (197, 197), (65, 250)])
+def test_no_order_changes_a_bit(emulated, monkeypatch, queries, keys, multiprocessors):
+    """Up to seven heads for a block of the grid."""
+    monkeypatch.setenv(cuda_on_cpu.MORE, str(multiprocessors))
+    inputs, runs = draw_all(1, 7, queries, keys), []
+    for order in (1, 0, *range(100, 106)):
+        monkeypatch.setenv(ORDER, str(order))
+        runs.append(run_bwd(emulated, *inputs))
+    prove_bwd(runs[0], *inputs)
+    assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+
+
 @pytest.mark.parametrize(
     "instruction",
     [
