@@ -16,7 +16,7 @@ T shuffle(T v, int from) {
   cpu::Warp& w = cpu::warp();
   const int of_lane = cpu::thread() % cpu::kLanes, number = cpu::lane().shuffles++;
   std::memcpy(&w.exchanged[number % 2][of_lane], &v, 4);
-  cpu::wait_until([&w, number] {
+  cpu::leave_until([&w, number] {  // the last one too: then all go on from here, in turn
     for (const cpu::Lane& lane : w.lanes) {
       if (lane.shuffles <= number) return false;
     }
