@@ -110,8 +110,7 @@ def count_instructions(sass: str) -> dict[str, dict]:
 def touched_under_way(body: str) -> Iterator[str]:
     """Instructions that touch sums or left operands of products not waited for yet, in the listing's order."""
     groups: list[set[int]] = [set()]  # the last is not complete
-    for code in re.findall(r"^\s*(?:/\*\w+\*/)?\s+([^;/]+);", body, re.MULTILINE):
-        operands = list(_registers(code))
+    for code in re.findall(r"\*/ +([^;/\n]+);", body):
         if product := re.search(r"HGMMA\.64x(\d+)x16\S* R(\d+), (?:R(\d+),)?", code):
             columns, sums, left = (int(number or -4) for number in product.groups())
             groups[-1] |= {*range(sums, sums + columns // 2), *range(left, left + 4)}
@@ -119,8 +118,10 @@ def touched_under_way(body: str) -> Iterator[str]:
                 groups.append(set())
         elif wait := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (\w+)", code):
             groups = groups[-1 - int(wait[1], 0) :]
-        elif any(number + i in group for number, span in operands for i in range(span) for group in groups):
-            yield code.strip()
+        elif any(groups):
+            touched = {first + i for first, span in _registers(code) for i in range(span)}
+            if not touched.isdisjoint(set().union(*groups)):
+                yield code.strip()
 
 
 def _registers(code: str) -> Iterator[tuple[int, int]]:
