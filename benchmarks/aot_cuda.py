@@ -102,8 +102,33 @@ def count_instructions(sass: str) -> dict[str, dict]:
         if "HGMMA" in body:
             row |= {"wgmmas": body.count("HGMMA"), "matrix": "wgmma.mma_async"}
             row["wgmma_waits"] = body.count("WARPGROUP.DEPBAR")
+            row["touched"] = list(touched_under_way(body))
         found[name] = row
     return found
+
+
+def touched_under_way(body: str) -> Iterator[str]:
+    """Instructions that touch sums or left operands of products not waited for yet, in the listing's order."""
+    groups: list[set[int]] = [set()]  # the last is not complete
+    for code in re.findall(r"\*/ +([^;/\n]+);", body):
+        if product := re.search(r"HGMMA\.64x(\d+)x16\S* R(\d+), (?:R(\d+),)?", code):
+            columns, sums, left = (int(number or -4) for number in product.groups())
+            groups[-1] |= {*range(sums, sums + columns // 2), *range(left, left + 4)}
+            if "gsb0" in code:
+                groups.append(set())
+        elif wait := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (\w+)", code):
+            groups = groups[-1 - int(wait[1], 0) :]
+        elif any(groups):
+            touched = {first + i for first, span in _registers(code) for i in range(span)}
+            if not touched.isdisjoint(set().union(*groups)):
+                yield code.strip()
+
+
+def _registers(code: str) -> Iterator[tuple[int, int]]:
+    """(first, how many) of an instruction's registers; all but addresses are as wide as it says."""
+    wide = 4 if ".128" in code or ".M88.4" in code else 2 if ".64 " in code else 1
+    for place, number in re.findall(r"(\[?)(?<![UPB\w])R(\d+)", code):
+        yield int(number), 1 if place else wide
 
 
 def check_width(row: dict) -> list[str]:
@@ -146,6 +171,8 @@ def name_attention(row: dict) -> dict:
     row = check_hopper(row | {"kernel": name, "shared": int(match[5])})
     if row.get("wgmmas", 0) and row["wgmma_waits"] * 4 > row["wgmmas"]:  # else the compiler has put waits between them
         row["problems"] = [*row["problems"], f"{row['wgmma_waits']} waits for {row['wgmmas']} products"]
+    if touched := row.get("touched"):
+        row["problems"] = [*row["problems"], f"{len(touched)} instructions touch products under way: {touched[0]}"]
     return row
 
 

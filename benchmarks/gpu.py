@@ -47,7 +47,7 @@ NEW_TESTS = (
     "test_cuda_attention_bwd.py",
     "test_cuda_attention_kernel.py",
 )
-NEW_SHARE = 0.2  # of the time that is left
+NEW_SHARE, NEW_SECONDS = 0.2, 25.0  # of the time that is left, but enough to start a process on every core
 ALONE = {"OMP_NUM_THREADS": "1"}  # of as many processes as there are cores
 LARGE_TESTS = "two_to_the_31"
 OUTCOMES = ("PASSED", "FAILED", "SKIPPED", "ERROR")
@@ -205,8 +205,8 @@ def parity(limit: float, rehearse: bool, result: dict[str, Any]) -> dict[str, An
         name, left = part.replace("/", "-"), end - time.monotonic()
         path = WORK / "parity" / f"{name}.json"
         command = [sys.executable, "benchmarks/gpu_parity.py", str(path), part, *["--rehearse"] * rehearse]
-        share = NEW_SHARE if part.startswith(gpu_parity.BY_NAME) else 1
-        code, output = run(command, share * left, f"parity/{name}", **ALONE)
+        limit = time_of_new(left) if part.startswith(gpu_parity.BY_NAME) else left
+        code, output = run(command, limit, f"parity/{name}", **ALONE)
         rows = json.loads(path.read_text()) if path.exists() else []
         return rows, "" if code in (0, 1) and rows else "out of time" if code is None else output
 
@@ -240,8 +240,9 @@ def run_pytest(limit: float) -> dict[str, Any]:
     }
     codes, log = [], ""
     for name, choice in passes.items():
-        left = (end - time.monotonic()) * (NEW_SHARE if choice[0] in new else 1)
-        codes.append(run([*command, *choice], left, name, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", **ALONE)[0])
+        left = end - time.monotonic()
+        limit = time_of_new(left) if choice[0] in new else left
+        codes.append(run([*command, *choice], limit, name, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", **ALONE)[0])
         log += (WORK / f"{name}.log").read_text(errors="replace")
     code = next((code for code in codes if code != 0), 0)
     line = r"(?m)^\[gw\d+\].* {0} (tests/.*)|^(tests/\S+::.*) {0}\b"
@@ -251,6 +252,11 @@ def run_pytest(limit: float) -> dict[str, Any]:
     state = "" if code is not None else ", out of time"
     print("pytest: " + ", ".join(f"{count} {word.lower()}" for word, count in counts.items()) + state, flush=True)
     return {"exit": code, "counts": counts, "failed": failed, "output": "" if code == 0 else log[-3000:]}
+
+
+def time_of_new(left: float) -> float:
+    """Seconds for what no GPU has run yet, of those that are left."""
+    return min(left, max(NEW_SHARE * left, NEW_SECONDS))
 
 
 def _test_files(globs: Collection[str]) -> list[str]:

@@ -7,6 +7,7 @@ Needs nvcc's headers and a C++ compiler, no GPU. What it cannot show: speed, and
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ STANDS_FOR = {"hopper_on_cpu.h": "hopper.cuh"}
 MULTIPROCESSORS = 2
 MORE = "FASTVIT_CUDA_ON_CPU_MULTIPROCESSORS"  # the number of them that launches find instead
 
+PERMISSIVE = "-Xcompiler=-fpermissive,-w"
 FAILURE = "FASTVIT_CUDA_ON_CPU_FAILS"  # the number of an error: what every launch then ends in
 RUNTIME = f"""
 #include <cuda_runtime_api.h>
@@ -112,10 +114,17 @@ def attention():
     return _library(ATTENTION, "cuda/sm90", f"{NAME}_model")  # an op of one name is registered once a process
 
 
-def compile_program(name: str, program: Path, *includes: Path) -> None:
-    """A program of this folder, with nvcc's headers and more."""
+def cutlass_headers() -> Path | None:
+    """Where setup.py finds CUTLASS too."""
+    spec = importlib.util.find_spec("cutlass_library")
+    return Path(spec.submodule_search_locations[0]) / "source" / "include" if spec else None
+
+
+def compile_program(name: str, program: Path, *includes: Path, cuda: bool = False) -> None:
+    """A program of this folder, with nvcc's headers and more; ``cuda`` for headers that need its language."""
     flags = ["-std=c++20", "-O0", *(f"-I{path}" for path in (TESTS, *includes))]
-    run(["nvcc", "-x", "c++", *flags, "-Xcompiler=-fpermissive,-w", str(TESTS / name), "-o", str(program)])
+    flags += ["-x", "cu", "-arch=sm_90a", "--expt-relaxed-constexpr", "-w"] if cuda else ["-x", "c++", PERMISSIVE]
+    run(["nvcc", *flags, str(TESTS / name), "-o", str(program)])
 
 
 def _library(files: list[Path], folder: str, name: str):

@@ -75,7 +75,7 @@ struct Lane {
 struct Warp {
   std::vector<Product> products;
   int done = 0, waits = 0, rests_until = 0;
-  bool over = false;
+  bool over = false, held = false;  // held: its products are under way for as long as anything else can happen
   float exchanged[2][kLanes];
   Lane lanes[kLanes];
 };
@@ -122,10 +122,12 @@ inline void expect(bool ok, const char* what) {
 
 inline bool without(const char* instruction) { return block->without == instruction; }
 
-inline void wait_until(std::function<bool()> ready) {
-  if (ready()) return;
+inline void leave_until(std::function<bool()> ready) {
   lane().ready = std::move(ready);
   cuda_on_cpu::leave();
+}
+inline void wait_until(std::function<bool()> ready) {
+  if (!ready()) leave_until(std::move(ready));
 }
 
 inline bool chance(unsigned of) { return block->random() % of == 0; }
@@ -229,17 +231,30 @@ inline void issue(Operands operands, float* d, int n, uint64_t a, const uint32_t
   if (block->order == 1 && p.issued == kLanes) run_products(thread() / kLanes, issued(w));
 }
 
+// Other instructions that read registers, by the manual on wgmma.wait_group ("accessing ... the input register
+// containing the fragments of matrix A") and wgmma.fence.
+inline void read_registers(const uint32_t* from, int count) {
+  Lane& l = lane();
+  for (int i = l.finished; i < l.products; ++i) {
+    const uint32_t* fragment = warp().products[i].registers[thread() % kLanes];
+    expect(fragment == nullptr || fragment + 4 <= from || from + count <= fragment,
+           "a product's operand is read from registers before the product was waited for");
+  }
+  l.fenced = false;
+}
+
 inline void wait_for_groups(int latest) {
   Lane& l = lane();
   Warp& w = warp();
   expect(!l.open, "a wait with products that were not committed");
+  int end = l.finished;
+  while (end < l.products && w.products[end].group[thread() % kLanes] < l.groups - latest) ++end;
   if (++l.waits > w.waits) {
     ++w.waits;
     rest(w, 3);
+    w.held = block->order == 0 && end > w.done;
   }
-  int end = l.finished;
-  while (end < l.products && w.products[end].group[thread() % kLanes] < l.groups - latest) ++end;
-  wait_until([&w, end] { return block->sweep >= w.rests_until && issued(w) >= end; });
+  wait_until([&w, end] { return !w.held && block->sweep >= w.rests_until && issued(w) >= end; });
   run_products(thread() / kLanes, end);
   for (; l.finished < end; ++l.finished) {
     float* d = w.products[l.finished].d[thread() % kLanes];
@@ -335,8 +350,20 @@ inline int due() {
   return chance(3) ? kNever : block->sweep + int(block->random() % 64);
 }
 
+// One of the warps whose products were held goes on.
+inline bool let_go() {
+  std::vector<Warp*> held;
+  for (Warp& w : block->warps) {
+    if (w.held) held.push_back(&w);
+  }
+  if (held.empty() || (!block->loads.empty() && chance(2))) return false;
+  held[block->random() % held.size()]->held = false;
+  return true;
+}
+
 // Something asynchronous happens; `must`: nothing else can.
 inline bool happen(bool must) {
+  if (must && let_go()) return true;
   if (block->order > 1 && !are_products_slow() && chance(3)) {
     const int number = int(block->random() % block->warps.size());
     run_products(number, std::min(block->warps[number].done + 1, issued(block->warps[number])));

@@ -16,7 +16,7 @@ T shuffle(T v, int from) {
   cpu::Warp& w = cpu::warp();
   const int of_lane = cpu::thread() % cpu::kLanes, number = cpu::lane().shuffles++;
   std::memcpy(&w.exchanged[number % 2][of_lane], &v, 4);
-  cpu::wait_until([&w, number] {
+  cpu::leave_until([&w, number] {  // the last one too: then all go on from here, in turn
     for (const cpu::Lane& lane : w.lanes) {
       if (lane.shuffles <= number) return false;
     }
@@ -114,6 +114,7 @@ void multiply_across(float* d, uint64_t a, uint64_t b, bool add) {
 inline void store_matrices(void* row, const uint32_t* words) {
   const uint32_t address = cpu::address_of(row), of_lane = cpu::thread() % cpu::kLanes;
   cpu::expect(address % 16 == 0, "a matrix's row that does not start at a multiple of 16 bytes");
+  cpu::read_registers(words, 4);
   for (int matrix = 0; matrix < 4; ++matrix) {
     const uint32_t to = shuffle(address, 8 * matrix + of_lane / 4) + of_lane % 4 * 4;
     std::memcpy(cpu::at_address(to, 4), words + matrix, 4);

@@ -86,6 +86,25 @@ def test_what_starts_early_waits(aot, name):
         assert bool(aot.check_wait(row)) == found
 
 
+def test_what_touches_products_under_way(aot):
+    """Sums and left operands until their group was waited for: not even to be read, by the PTX manual."""
+    first = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR16], RZ, !UPT, gsb0"
+    second = "HGMMA.64x64x16.F32.BF16 R88, R48, gdesc[UR16].tnspB, R88, gsb0"
+    store, sums, address = "STSM.16.M88.4 [R15], R46", "FMUL R2, R30, R3", "LDS.64 R2, [R50]"
+    one, none = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    for listing, found in (
+        ([first, sums], [sums]),
+        ([first, none, sums], []),
+        ([first, second, one, sums], []),
+        ([first, second, one, store], [store]),
+        ([first, one, sums], [sums]),
+        ([first, second, none, store, address], []),
+        ([store, second, address, "@P0 BRA 0x20", none], [address]),
+    ):
+        body = "".join(f"        /*{16 * i:04x}*/  {code} ;   /* 0x0 */\n" for i, code in enumerate(listing))
+        assert list(aot.touched_under_way(body)) == found
+
+
 def test_products_by_their_names(aot, monkeypatch):
     row = {"kernel": "product", "module": "cuda", "arch": 90, "shared": 1024, "wgmmas": 8, "problems": []}
     monkeypatch.setattr(aot.shutil, "which", lambda tool, **_: tool)

@@ -4,9 +4,7 @@ Where torch.cuda.is_available() on compute capability 9.0 the kernel runs; every
 model of Hopper's instructions (hopper_model.h), in orders from as late to as early as a GPU may take them.
 """
 
-import importlib.util
 import subprocess
-from pathlib import Path
 
 import cuda_on_cpu
 import pytest
@@ -44,11 +42,6 @@ def emulated(request):
     if cuda_on_cpu.why_not():
         pytest.skip(cuda_on_cpu.why_not())
     return cuda_on_cpu.attention()
-
-
-def cutlass_headers():
-    spec = importlib.util.find_spec("cutlass_library")
-    return Path(spec.submodule_search_locations[0]) / "source" / "include" if spec else None
 
 
 def many(device):
@@ -130,9 +123,9 @@ def test_every_instruction_is_needed(emulated, monkeypatch, instruction):
 @pytest.mark.parametrize("place", ["cpu"])
 def test_layouts_are_those_of_cutlass(place, tmp_path):
     """Swizzled tiles and fragments as the model has them from the PTX manual, and as CUTLASS's own types say."""
-    if cuda_on_cpu.why_not() or cutlass_headers() is None:
+    if cuda_on_cpu.why_not() or cuda_on_cpu.cutlass_headers() is None:
         pytest.skip(cuda_on_cpu.why_not() or "CUTLASS is not installed")
-    cuda_on_cpu.compile_program("hopper_layouts.cpp", tmp_path / "layouts", cutlass_headers())
+    cuda_on_cpu.compile_program("hopper_layouts.cpp", tmp_path / "layouts", cuda_on_cpu.cutlass_headers())
     done = subprocess.run([tmp_path / "layouts"], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("", 0)
 

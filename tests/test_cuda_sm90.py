@@ -43,7 +43,8 @@ def shapes(device):
     small = [(0, 64, 64), (1, 72, 64), (65, 264, 48), (130, 80, 200)]
     if device.name == "cpu":
         return small
-    return [*small, (197, 3072, 768), (394, 768, 3072), (257, 4304, 1152)]
+    # the last: four tiles or more for a block of the grid, and a cluster's second tile that is wholly past the last row
+    return [*small, (197, 3072, 768), (394, 768, 3072), (257, 4304, 1152), (2600, 3072, 384)]
 
 
 @pytest.mark.parametrize("act", ["none", *reference.ACTIVATIONS])
@@ -133,6 +134,19 @@ def test_column_sums_of_a_tile(tmp_path):
     """What the small tile's epilogue adds up, as a warpgroup holds it."""
     cuda_on_cpu.compile_program("column_sums.cpp", tmp_path / "sums", cuda_on_cpu.ROOT / "csrc")
     done = subprocess.run([tmp_path / "sums"], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("", 0)
+
+
+@pytest.mark.skipif(bool(cuda_on_cpu.why_not()), reason=cuda_on_cpu.why_not())
+def test_column_sums_are_given_what_they_expect(tmp_path):
+    """Values, their coordinates and the order of a warpgroup's subtiles, by CUTLASS's types for the small tile."""
+    headers = cuda_on_cpu.cutlass_headers()
+    if headers is None:
+        pytest.skip("CUTLASS is not installed")
+    cuda_on_cpu.compile_program(
+        "epilogue_layout.cpp", tmp_path / "layout", cuda_on_cpu.ROOT / "csrc", headers, cuda=True
+    )
+    done = subprocess.run([tmp_path / "layout"], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("", 0)
 
 

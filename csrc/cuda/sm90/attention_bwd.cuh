@@ -137,8 +137,9 @@ struct AttentionBwdGroup {
       hopper::pin(sums.dk[part]);
       hopper::products_begin();
       begin_sums(sums.dv[part], sums.weights, shared.dout(rows));
+      store_grads(sums.dscores, grads, of_warp);  // while no product has them: then they may not even be read
+      hopper::products_begin();
       begin_sums(sums.dk[part], sums.dscores, shared.q(rows));
-      store_grads(sums.dscores, grads, of_warp);
       if (part + 1 < Tiles::kBlocks) finish(sums, part);
     }
     hopper::show_writes();
