@@ -14,6 +14,7 @@ IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == 
 HAS_KERNEL = IS_HOPPER and hasattr(torch.ops.fastvit_cuda, "attention_packed_fwd")
 HAS_BWD = IS_HOPPER and hasattr(torch.ops.fastvit_cuda, "attention_bwd")
 DIM = 64
+ORDER, WITHOUT = "FASTVIT_CUDA_ON_CPU_ORDER", "FASTVIT_CUDA_ON_CPU_WITHOUT"
 OP = sys.modules["fastvit.ops.attention"]  # the module; fastvit.ops.attention is the op
 
 
@@ -40,6 +41,31 @@ def prove(out, lse, q, k, v, scale=DIM**-0.5):
     scores = wide[0] @ wide[1].mT * scale
     error = (lse.double() - scores.logsumexp(-1)).abs().max()
     assert error <= 2e-6 * scores.abs().amax().clamp(min=8)
+
+
+# What every kernel on this layer needs
+INSTRUCTIONS = (
+    "wait",
+    "arrive",
+    "named_sync",
+    "named_arrive",
+    "products_begin",
+    "products_commit",
+    "products_wait",
+    "sync_block",
+)
+
+
+def is_found_without(instruction, monkeypatch, prove_one):
+    """Whether the kernel fails or its result is wrong, in one of five orders, where this instruction does nothing."""
+    monkeypatch.setenv(WITHOUT, instruction)
+    for order in range(5):
+        monkeypatch.setenv(ORDER, str(order))
+        try:
+            prove_one()
+        except (AssertionError, RuntimeError):
+            return True
+    return False
 
 
 def inputs_of_bwd(q, k, v, dout, scale=DIM**-0.5):

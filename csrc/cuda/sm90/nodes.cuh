@@ -11,17 +11,11 @@ namespace fastvit::sm90 {
 namespace fusion = cutlass::epilogue::fusion;
 using cutlass::Array;
 
-// One value a column: float32 or the GEMM's 16-bit dtype, which are told apart at run time.
-template <typename TileShape, typename Element>
-struct RowVector : fusion::Sm90RowBroadcast<0, TileShape, float> {
-  using Base = fusion::Sm90RowBroadcast<0, TileShape, float>;
-  using SharedStorage = typename Base::SharedStorage;
-
-  struct Arguments {
-    Vector vector;
-    float otherwise = 0.f;  // where there is no vector
-  };
-  using Params = Arguments;
+// What the host has to do for a node whose arguments go to the kernel as they are: nothing.
+template <typename NodeArguments>
+struct PlainNode {
+  using Arguments = NodeArguments;
+  using Params = NodeArguments;
 
   template <class ProblemShape>
   static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args, void*) {
@@ -40,6 +34,24 @@ struct RowVector : fusion::Sm90RowBroadcast<0, TileShape, float> {
                                               cutlass::CudaHostAdapter* = nullptr) {
     return cutlass::Status::kSuccess;
   }
+};
+
+struct RowVectorArguments {
+  Vector vector;
+  float otherwise = 0.f;  // where there is no vector
+};
+
+// One value a column: float32 or the GEMM's 16-bit dtype, which are told apart at run time.
+template <typename TileShape, typename Element>
+struct RowVector : fusion::Sm90RowBroadcast<0, TileShape, float>, PlainNode<RowVectorArguments> {
+  using Base = fusion::Sm90RowBroadcast<0, TileShape, float>;
+  using SharedStorage = typename Base::SharedStorage;
+  using Arguments = RowVectorArguments;
+  using Params = RowVectorArguments;
+  using PlainNode<Params>::to_underlying_arguments;
+  using PlainNode<Params>::can_implement;
+  using PlainNode<Params>::get_workspace_size;
+  using PlainNode<Params>::initialize_workspace;
 
   CUTLASS_HOST_DEVICE RowVector() {}
   CUTLASS_HOST_DEVICE RowVector(Params const& params, SharedStorage const& storage)
@@ -197,36 +209,17 @@ struct ActivationGrad : Store {
   }
 };
 
+struct ColumnSumsArguments {
+  float* partials = nullptr;  // (tiles down, columns of all tiles); or none are wanted
+};
+
 // Passes its input on, and leaves the sums of each tile's columns. For one warpgroup a tile: those of CUTLASS's own
 // Sm90RowReduction then lie in local memory. Rows past the end must be zeros.
 template <typename TileShape>
-struct TileColumnSums {
+struct TileColumnSums : PlainNode<ColumnSumsArguments> {
   static constexpr int kRows = cute::size<0>(TileShape{}), kCols = cute::size<1>(TileShape{});
   using Sums = ColumnSums<kCols>;
   using SharedStorage = typename Sums::Storage;
-
-  struct Arguments {
-    float* partials = nullptr;  // (tiles down, columns of all tiles); or none are wanted
-  };
-  using Params = Arguments;
-
-  template <class ProblemShape>
-  static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args, void*) {
-    return args;
-  }
-  template <class ProblemShape>
-  static bool can_implement(ProblemShape const&, Arguments const&) {
-    return true;
-  }
-  template <class ProblemShape>
-  static size_t get_workspace_size(ProblemShape const&, Arguments const&) {
-    return 0;
-  }
-  template <class ProblemShape>
-  static cutlass::Status initialize_workspace(ProblemShape const&, Arguments const&, void*, cudaStream_t,
-                                              cutlass::CudaHostAdapter* = nullptr) {
-    return cutlass::Status::kSuccess;
-  }
 
   CUTLASS_HOST_DEVICE TileColumnSums() {}
   CUTLASS_HOST_DEVICE TileColumnSums(Params const& params, SharedStorage const& storage)
