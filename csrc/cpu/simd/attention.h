@@ -20,16 +20,6 @@ FASTVIT_INLINE f32x16 score_at(const SoftmaxRows& block, const float* scores, co
   return first_lanes(score, left, -INF);
 }
 
-// exp(scale * score - shift) of the first `left` scores, 0 behind them; as exact as weights in S can be.
-template <class S>
-FASTVIT_INLINE f32x16 softmax_weight(f32x16 score, float scale, float shift, int64_t left) {
-  if constexpr (std::is_same_v<S, c10::BFloat16>) {
-    const f32x16 power = score * (scale * LOG2_E) - shift * LOG2_E;
-    return first_lanes(select(power < -126.0f, 0.0f, coarse_exp2(power)), left, 0.0f);
-  }
-  return exp16(first_lanes(score * scale, left, -INF) - shift);
-}
-
 template <class S, bool MASKED>
 FASTVIT_INLINE void softmax_row(const SoftmaxRows& block, int64_t r) {
   const int64_t visible = block.causal ? std::min(block.keys, block.first_query + r + 1) : block.keys;
@@ -47,7 +37,9 @@ FASTVIT_INLINE void softmax_row(const SoftmaxRows& block, int64_t r) {
   f32x16 sums{};
   int64_t key = 0;
   for (; key < visible; key += LANES) {
-    const f32x16 weight = softmax_weight<S>(load16(scores + key), MASKED ? 1.0f : block.scale, shift, visible - key);
+    const int64_t left = visible - key;
+    const f32x16 score = MASKED ? load16(scores + key) : first_lanes(load16(scores + key) * block.scale, left, -INF);
+    const f32x16 weight = exp16(score - shift);
     sums += weight;
     store16(weights + key, weight);
   }
