@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import cuda_on_cpu
 import pytest
 import torch
-from block_plans import OPTIONS, assert_as_by_ops, block, by_ops, of_class_token, outcome, runs_of_plans
+from block_plans import OPTIONS, assert_as_by_ops, block, by_ops, of_class_token, outcome, runs_of_plans, warm
 from test_host_path import CHANGES, WIDTH, tokens
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvit import block_plan, fused, layers, reference
+from fastvit import block_plan, layers, reference
 from fastvit.dispatch import OPS, explaining, recording, use_backend
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -33,11 +33,7 @@ def planned(monkeypatch):
 
 
 def warmed(dtype=BF16, **options):
-    """A block whose plan is there, and its input."""
-    made, x = block(dtype, **options), tokens(dtype)
-    for _ in range(2):
-        made(x), fused.class_token_block_forward(made, x)
-    return made, x
+    return warm(block(dtype, **options), tokens(dtype))
 
 
 @pytest.mark.parametrize("stream", [BF16, F32], ids=str)

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from block_plans import OPTIONS, assert_as_by_ops, block, by_ops, of_class_token, outcome, runs_of_plans
+from block_plans import OPTIONS, assert_as_by_ops, block, by_ops, of_class_token, outcome, runs_of_plans, warm
 from test_host_path import CHANGES, WIDTH, tokens
 from torch import nn
 
@@ -29,11 +29,7 @@ def planned(monkeypatch):
 
 
 def warmed(dtype=F32, **options):
-    """A block whose plans are there, and its input."""
-    made, x = block(dtype, **options), tokens(dtype)
-    for _ in range(2):
-        made(x), fused.class_token_block_forward(made, x)
-    return made, x
+    return warm(block(dtype, **options), tokens(dtype))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
