@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cuda_on_cpu
@@ -17,6 +18,7 @@ from fastvit.bench import stock, timing
 from fastvit.bench.costs import model_flops, op_cost
 from fastvit.model import create_model
 from fastvit.testing import VIT_SHAPES, assert_op_as_accurate, make_inputs
+from fastvit.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = VIT_SHAPES["base"]
@@ -61,16 +63,62 @@ def test_stock_ops_mean_what_the_reference_means(op):
     assert_op_as_accurate(op, getattr(stock, op), inputs)
 
 
-def test_stock_model_computes_what_fastvit_computes():
+PLAIN = (  # one of each kind
+    "vit_tiny_patch16_224",
+    "vit_base_patch16_224_miil",
+    "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "deit3_small_patch16_224",
+    "vit_base_patch32_clip_224",
+    "vit_base_patch32_clip_quickgelu_224",
+    "vit_base_patch32_siglip_gap_256",
+    "vit_betwixt_patch16_reg4_gap_256",
+    "vit_base_patch16_radio_v3",
+    "eva_large_patch14_196",
+)
+SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2.0}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_stock_model_computes_what_fastvit_computes(name):
     torch.manual_seed(0)
-    model = create_model("vit_tiny_patch16_224", num_classes=10).eval()
+    side = 4 * int(name.split("patch")[1][:2])
+    model = create_model(name, img_size=side, **SMALL).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     baseline = stock.VisionTransformer(model)
     baseline.load_state_dict(model.state_dict())
-    images = torch.randn(1, 3, 224, 224)
+    images = torch.randn(2, 3, side, side)
     with torch.no_grad():
-        torch.testing.assert_close(model(images), baseline(images), rtol=1e-4, atol=1e-4)
+        expected = model(images)
+        torch.testing.assert_close(baseline(images), expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_a_model_without_a_head_is_timed(monkeypatch, mode):
+    monkeypatch.setitem(VARIANTS, "features", replace(VARIANTS["test_vit"], num_classes=0))
+    result = bench.run(models=["features"], batch=2, rounds=1, device="cpu", mode=mode)
+    assert not result["refused"]
+    assert [row["provider"] for row in result["rows"]] == ["fastvit", "eager"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("vit_base_patch16_siglip_224", "global_pool is 'map'"),
+        ("vit_giant_patch14_dinov2", "an MLP is gated"),
+        ("aimv2_large_patch14_224", "a norm is no LayerNorm"),
+        ("beit3_base_patch16_224", "an attention is gated or normalised inside"),
+    ],
+)
+def test_a_model_that_is_not_plain_is_refused_by_name(monkeypatch, name, reason):
+    model = create_model(name, **SMALL)
+    with pytest.raises(ValueError, match=reason):
+        stock.VisionTransformer(model)
+    monkeypatch.setattr(bench.model_case, "create_model", lambda _: model)
+    with pytest.raises(ValueError, match=f"bench: {name} is not one of the plain ViTs that are timed: .*{reason}"):
+        bench.run(models=[name], device="cpu")
 
 
 @pytest.mark.parametrize("mode", ["fwd", "bwd", "full"])

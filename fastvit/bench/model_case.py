@@ -24,18 +24,23 @@ CHECKED_IMAGES = 2
 
 
 class ModelCase:
-    """A plain ViT by fastvit and in stock PyTorch, with the same weights. ``mode`` is "infer" or "train"."""
+    """A plain ViT by fastvit and in stock PyTorch, with the same weights. ``mode`` is "infer" or "train".
+
+    A model without a head is trained on its features as if they were logits.
+    """
 
     def __init__(self, name: str, batch: int, dtype: torch.dtype, device: torch.device, mode: str):
         self.name, self.dtype, self.device, self.mode = name, dtype, device, mode
         generator = torch.Generator().manual_seed(0)
         model = create_model(name)
-        self.shape, self.depth, self.num_classes = _sizes(model)
+        if reasons := stock.why_not_plain(model):
+            raise ValueError(f"bench: {name} is not one of the plain ViTs that are timed: {'; '.join(reasons)}")
+        shape, depth = _sizes(model)
         self.weights = {key: _trained_scale(key, value, generator) for key, value in model.state_dict().items()}
-        self.cost = Cost(model_flops(self.shape, self.depth, batch, mode, self.num_classes), 0.0)
-        side = self.shape.image_size
+        self.cost = Cost(model_flops(shape, depth, batch, mode, model.num_classes), 0.0)
+        side = shape.image_size
         self.images = torch.randn(batch, 3, side, side, generator=generator).to(device, dtype)
-        self.labels = torch.randint(self.num_classes, (batch,), generator=generator).to(device)
+        self.labels = torch.randint(model.num_classes or shape.embed_dim, (batch,), generator=generator).to(device)
 
     def candidate(self, name: str) -> Candidate:
         """The provider, checked and ready to time; raises ``Refused``."""
@@ -132,18 +137,18 @@ class ModelCase:
         return sample({"logits": logits.detach().to(dtype), "gradients": flat})
 
 
-def _sizes(model: Any) -> tuple[Shape, int, int]:
-    """(shape, depth, classes) of a plain ViT."""
+def _sizes(model: Any) -> tuple[Shape, int]:
+    """(shape, depth) of a plain ViT."""
     block, side = model.blocks[0], model.patch_embed.img_size[0]
     shape = Shape(
         embed_dim=model.embed_dim,
         num_heads=block.attn.num_heads,
         hidden_dim=block.mlp.fc1.out_features,
-        tokens=model.pos_embed.shape[1],
+        tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
         patch_size=model.patch_embed.patch_size[0],
         image_size=side,
     )
-    return shape, len(model.blocks), model.head.out_features
+    return shape, len(model.blocks)
 
 
 def _trained_scale(key: str, value: Tensor, generator: torch.Generator) -> Tensor:

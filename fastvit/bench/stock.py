@@ -5,6 +5,7 @@ Nothing here touches a kernel or the dispatcher, so a fault there cannot hide in
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
+from ..layers import LayerNorm, Mlp
 from ..reference import layernorm_linear, layernorm_mlp, linear_residual, patch_embed
 
 __all__ = [
@@ -44,42 +46,88 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
 
 
 class VisionTransformer(nn.Module):
-    """The plain ViT of the paper, with timm's parameter names and the sizes of ``like``: (B, 3, IH, IW) -> logits.
+    """A ViT with timm's parameter names and everything that ``like`` has: (B, 3, IH, IW) -> (B, classes).
 
-    LayerScale and the head where ``like`` has them; without a head, the class token's features (B, E).
+    Without a head the pooled features (B, E). Raises ``ValueError`` for what no plain ViT has, see ``why_not_plain``.
     """
 
     def __init__(self, like: Any):
         super().__init__()
-        width, patch = like.cls_token.shape[-1], like.patch_embed.proj.kernel_size
-        self.cls_token = nn.Parameter(torch.zeros(like.cls_token.shape))
+        if reasons := why_not_plain(like):
+            raise ValueError(f"stock PyTorch's side is written for plain ViTs, and here {'; '.join(reasons)}")
+        width, proj = like.embed_dim, like.patch_embed.proj
+        self.no_embed_class, self.global_pool = like.no_embed_class, like.global_pool
+        self.pool_include_prefix, self.num_prefix_tokens = like.pool_include_prefix, like.num_prefix_tokens
+        self.cls_token, self.reg_token = _zeros(like.cls_token), _zeros(like.reg_token)
         self.pos_embed = nn.Parameter(torch.zeros(like.pos_embed.shape))
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
+        conv = nn.Conv2d(proj.in_channels, width, proj.kernel_size, proj.kernel_size, bias=proj.bias is not None)
+        self.patch_embed = nn.ModuleDict({"proj": conv})
+        self.norm_pre, self.norm, self.fc_norm = (_norm(getattr(like, n)) for n in ("norm_pre", "norm", "fc_norm"))
         self.blocks = nn.Sequential(*(_Block(block, width) for block in like.blocks))
-        self.norm = nn.LayerNorm(width, eps=like.norm.eps)
-        has_head = isinstance(like.head, nn.Linear)
-        self.head = nn.Linear(width, like.head.out_features) if has_head else nn.Identity()
+        self.head = _linear(like.head) if isinstance(like.head, nn.Linear) else nn.Identity()
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(B, 3, IH, IW) -> (B, 1 + L, E)."""
+        """(B, 3, IH, IW) -> (B, T + L, E)."""
         tokens = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + self.pos_embed
-        return self.norm(self.blocks(tokens))
+        prefix = [t.expand(len(tokens), -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        if self.no_embed_class:
+            tokens = torch.cat([*prefix, tokens + self.pos_embed], dim=1)
+        else:
+            tokens = torch.cat([*prefix, tokens], dim=1) + self.pos_embed
+        return self.norm(self.blocks(self.norm_pre(tokens)))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.forward_features(images)[:, 0])
+        tokens = self.forward_features(images)
+        if self.global_pool == "token":
+            return self.head(self.fc_norm(tokens[:, 0]))
+        tokens = tokens if self.pool_include_prefix else tokens[:, self.num_prefix_tokens :]
+        return self.head(self.fc_norm(tokens.mean(dim=1)))
+
+
+def why_not_plain(like: Any) -> list[str]:
+    """What ``like``, a ``fastvit.VisionTransformer``, has beyond a plain ViT."""
+    pools = ("token", "avg")
+    reasons = [] if like.global_pool in pools else [f"global_pool is {like.global_pool!r}, not one of {pools}"]
+    if like.pos_embed is None:
+        reasons.append("there is no position table")
+    if not isinstance(like.patch_embed.norm, nn.Identity):
+        reasons.append("the patch embedding has a norm")
+    norms = [like.norm_pre, like.norm, like.fc_norm]
+    for block in like.blocks:
+        norms += [block.norm1, block.norm2]
+        if type(block.mlp) is not Mlp or not isinstance(block.mlp.norm, nn.Identity):
+            reasons.append("an MLP is gated or normalised inside")
+        inside = (getattr(block.attn, name) for name in ("q_norm", "k_norm", "norm"))
+        if block.attn.gate is not None or not all(isinstance(norm, nn.Identity) for norm in inside):
+            reasons.append("an attention is gated or normalised inside")
+    if any(type(norm) not in (nn.LayerNorm, LayerNorm, nn.Identity) for norm in norms):
+        reasons.append("a norm is no LayerNorm")
+    return list(dict.fromkeys(reasons))
+
+
+def _zeros(like: Tensor | None) -> nn.Parameter | None:
+    return None if like is None else nn.Parameter(torch.zeros(like.shape))
+
+
+def _linear(like: nn.Linear) -> nn.Linear:
+    return nn.Linear(like.in_features, like.out_features, bias=like.bias is not None)
+
+
+def _norm(like: nn.Module) -> nn.Module:
+    if isinstance(like, nn.LayerNorm):
+        return nn.LayerNorm(like.normalized_shape, eps=like.eps, elementwise_affine=like.elementwise_affine)
+    return nn.Identity()
 
 
 class _Block(nn.Module):
     def __init__(self, like: Any, width: int):
         super().__init__()
-        hidden = like.mlp.fc1.out_features
         self.num_heads = like.attn.num_heads
-        self.norm1 = nn.LayerNorm(width, eps=like.norm1.eps)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.norm1, self.norm2 = _norm(like.norm1), _norm(like.norm2)
+        self.attn = nn.ModuleDict({"qkv": _linear(like.attn.qkv), "proj": _linear(like.attn.proj)})
+        act = copy.deepcopy(like.mlp.act)
+        self.mlp = nn.ModuleDict({"fc1": _linear(like.mlp.fc1), "act": act, "fc2": _linear(like.mlp.fc2)})
         self.ls1 = _LayerScale(width) if hasattr(like.ls1, "gamma") else nn.Identity()
-        self.norm2 = nn.LayerNorm(width, eps=like.norm2.eps)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "act": nn.GELU(), "fc2": nn.Linear(hidden, width)})
         self.ls2 = _LayerScale(width) if hasattr(like.ls2, "gamma") else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
