@@ -178,3 +178,14 @@ def _head_norm(own: dict[str, Any], kind: str) -> HeadNorm:
 def _rate(own: dict[str, Any]) -> float:
     """What a Dropout drops now; 0 for an Identity."""
     return own["p"] if "p" in own and own["training"] else 0.0
+
+
+def row_scale(drop_path: Any, x: Tensor) -> Tensor | None:
+    """One factor a sample (B,), drawn for a DropPath that is at work."""
+    if drop_path is None:
+        return None
+    keep_prob = 1.0 - drop_path.drop_prob
+    row_scale = x.new_empty(x.shape[0]).bernoulli_(keep_prob)
+    if keep_prob > 0.0 and drop_path.scale_by_keep:
+        row_scale.div_(keep_prob)
+    return row_scale

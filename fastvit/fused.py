@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_state
 
-from .block_parts import BlockParts, read_block
+from .block_parts import BlockParts, read_block, row_scale
 from .block_plan import class_token_heads, class_token_linears, looks_ahead, run_block, run_blocks
 from .kinds import ACTIVATIONS, HEAD_NORMS, is_watched, kind_of
 from .ops import attention, attention_packed, layernorm_linear, layernorm_mlp, linear_residual, patch_embed
@@ -154,8 +154,8 @@ def _attend_read(parts: BlockParts, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _project_read(parts: BlockParts, tokens: Tensor, residual: Tensor) -> Tensor:
-    row_scale = _row_scale(parts.drop_path1, residual)
-    return linear_residual(tokens, *parts.proj, residual, layer_scale=parts.gamma1, row_scale=row_scale)
+    factors = row_scale(parts.drop_path1, residual)
+    return linear_residual(tokens, *parts.proj, residual, layer_scale=parts.gamma1, row_scale=factors)
 
 
 def _run_ops(parts: BlockParts, x: Tensor, memory: str) -> Tensor:
@@ -168,7 +168,7 @@ def _run_class_token_ops(parts: BlockParts, x: Tensor) -> Tensor:
 
 def _run_mlp(parts: BlockParts, x: Tensor, memory: str = "default") -> Tensor:
     options: dict[str, Any] = {"act": parts.act, "eps": parts.eps2, "memory": memory}
-    return layernorm_mlp(x, *parts.mlp, layer_scale=parts.gamma2, row_scale=_row_scale(parts.drop_path2, x), **options)
+    return layernorm_mlp(x, *parts.mlp, layer_scale=parts.gamma2, row_scale=row_scale(parts.drop_path2, x), **options)
 
 
 def why_not_fused(block: Any) -> list[str]:
@@ -390,18 +390,7 @@ def branch_scales(scale: Any, drop_path: Any, x: Tensor) -> tuple[Tensor | None,
     gamma = scale.gamma if kind_of(scale) == "LayerScale" else None
     if kind_of(drop_path) != "DropPath" or not drop_path.drop_prob or not drop_path.training:
         return gamma, None
-    return gamma, _row_scale(drop_path, x)
-
-
-def _row_scale(drop_path: Any, x: Tensor) -> Tensor | None:
-    """Of a DropPath that is at work."""
-    if drop_path is None:
-        return None
-    keep_prob = 1.0 - drop_path.drop_prob
-    row_scale = x.new_empty(x.shape[0]).bernoulli_(keep_prob)
-    if keep_prob > 0.0 and drop_path.scale_by_keep:
-        row_scale.div_(keep_prob)
-    return row_scale
+    return gamma, row_scale(drop_path, x)
 
 
 def activation_name(act: nn.Module) -> str:

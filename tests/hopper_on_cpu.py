@@ -22,11 +22,13 @@ _FROM_C = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 
 
 class Compiled:
-    """What Triton makes of a launch of the plain attention's forward."""
+    """What Triton makes of a launch of the plain attention."""
 
     def __init__(self, launch):
-        q, k = launch.arguments[:2]
-        self.q_shape, self.k_shape, self.dtype, self.unit = q.shape, k.shape, q.dtype, launch.constexprs["UNIT"]
+        self.compute = _COMPUTE[launch.kernel.fn.__name__]
+        tensors = [argument for argument in launch.arguments if isinstance(argument, torch.Tensor)]
+        self.shapes, self.dtypes = [t.shape for t in tensors], [t.dtype for t in tensors]
+        self.unit = launch.constexprs["UNIT"]
         self.src = SimpleNamespace(signature=launch.aot_case("").signature)
         self.kinds = [kind for kind in self.src.signature.values() if kind != "constexpr"]
         self.packed_metadata = (4, 1, 0)
@@ -38,22 +40,62 @@ class Compiled:
         kinds = [_FROM_C.get(kind, ctypes.c_uint64) for kind in self.kinds]
         self.attend(*(kind.from_address(parameters[i]).value for i, kind in enumerate(kinds)))
 
-    def attend(self, q, k, v, out, lse, *numbers):
-        strides, scale, (batch, heads, queries, _) = numbers[:12], numbers[12], self.q_shape
-        assert numbers[13:16] == (heads, queries, self.k_shape[2])
-        shapes = (self.q_shape, self.k_shape, self.k_shape, self.q_shape)
-        q, k, v, out = (
-            self._rows(ptr, shape, strides[3 * i : 3 * i + 3])
-            for i, (ptr, shape) in enumerate(zip((q, k, v, out), shapes, strict=True))
-        )
-        out.copy_(torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale))
-        saved = _memory(lse, batch * heads * queries, torch.float32).view(batch, heads, queries)
-        saved.copy_((q.float() @ k.float().transpose(-2, -1) * scale).logsumexp(-1))
+    def attend(self, *arguments):
+        """Rows (B, H, N, D) first, by three strides each; then statistics (B, H, N), contiguous."""
+        addresses, numbers = arguments[: len(self.shapes)], list(arguments[len(self.shapes) :])
+        tensors = []
+        for address, shape, dtype in zip(addresses, self.shapes, self.dtypes, strict=True):
+            if len(shape) == 4:
+                strides = [self.unit * numbers.pop(0) for _ in range(3)]
+                tensors.append(_rows(address, shape, dtype, (*strides, 1)))
+            else:
+                tensors.append(_memory(address, shape.numel(), dtype).view(shape))
+        scale, *sizes = numbers
+        _, heads, queries, _ = self.shapes[0]
+        assert sizes[:3] == [heads, queries, self.shapes[1][2]]
+        self.compute(scale, *tensors)
 
-    def _rows(self, address, shape, strides):
-        strides = (*(self.unit * stride for stride in strides), 1)
-        reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        return _memory(address, reach, self.dtype).as_strided(shape, strides)
+
+def _forward(scale, q, k, v, out, lse):
+    out.copy_(torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale))
+    lse.copy_((q.float() @ k.float().transpose(-2, -1) * scale).logsumexp(-1))
+
+
+def _dq(scale, q, k, v, out, dout, dq, lse, delta):
+    delta.copy_((out.float() * dout.float()).sum(-1))
+    dq.copy_(_score_gradients(scale, q, k, v, dout, lse, delta)[0] @ k.float() * scale)
+
+
+def _dkv(scale, q, k, v, dout, dk, dv, lse, delta):
+    scores, weights = _score_gradients(scale, q, k, v, dout, lse, delta)
+    dk.copy_(scores.transpose(-2, -1) @ q.float() * scale)
+    dv.copy_(weights.transpose(-2, -1) @ dout.float())
+
+
+def _all_gradients(scale, q, k, v, out, dout, dq, dk, dv, lse):
+    delta = lse.new_empty(lse.shape)
+    _dq(scale, q, k, v, out, dout, dq, lse, delta)
+    _dkv(scale, q, k, v, dout, dk, dv, lse, delta)
+
+
+def _score_gradients(scale, q, k, v, dout, lse, delta):
+    weights = (q.float() @ k.float().transpose(-2, -1) * scale - lse[..., None]).exp()
+    return weights * (dout.float() @ v.float().transpose(-2, -1) - delta[..., None]), weights
+
+
+_COMPUTE = {
+    "_attention_fwd_kernel": _forward,
+    "_attention_short_fwd_kernel": _forward,
+    "_attention_few_fwd_kernel": _forward,
+    "_attention_bwd_dq_kernel": _dq,
+    "_attention_bwd_dkv_kernel": _dkv,
+    "_attention_few_bwd_kernel": _all_gradients,
+}
+
+
+def _rows(address, shape, dtype, strides):
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return _memory(address, reach, dtype).as_strided(shape, strides)
 
 
 class Launcher:
@@ -77,9 +119,14 @@ def _memory(address, elements, dtype):
 def launched(launch):
     """In the place of ``Launch.run``."""
     compiled = Compiled(launch)
-    numbers = launch.arguments[5:]
-    compiled.attend(*(tensor.data_ptr() for tensor in launch.arguments[:5]), *numbers)
+    compiled.attend(*(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in launch.arguments))
     return compiled
+
+
+def _float32_product(a, b):
+    """Of 16-bit factors: PyTorch has it on a GPU alone."""
+    with torch.autocast("cpu", enabled=False):
+        return a.float() @ b.float()
 
 
 @contextmanager
@@ -92,6 +139,7 @@ def hopper():
             (_contract, "why_not_compiled", lambda *args: []),
             (_contract, "why_not_triton", lambda *args: []),
             (_cuda, "ops", cuda_on_cpu.library()),
+            (_cuda, "_float32_product", _float32_product),
             (_sm90, "device_facts", lambda index: ((9, 0), cuda_on_cpu.MULTIPROCESSORS)),
             (_launch, "REPLAYED", True),
             (_launch, "current_device", lambda: None),

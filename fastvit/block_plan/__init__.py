@@ -1,8 +1,8 @@
-"""A block's inference in one call, where its ops would run the same kernels.
+"""A block in one call, or in training in one autograd node, where its ops would run the same kernels.
 
 At batch 1 a GPU waits for the host, and a CPU's threads do; most of what the host does for a block comes to the same
-result every time: what is allowed, which backends, tiles and binaries. That is a plan (``plan``), made by ``hopper`` or
-``cpp`` and kept by all that it depends on. The rest is looked at anew at each call: the block's modules
+result every time: what is allowed, which backends, tiles and binaries. That is a plan (``plan``), made by ``hopper``,
+``cpp`` or ``training`` and kept by all that it depends on. The rest is looked at anew at each call: the block's modules
 (``block_parts``), modes, recorders and gradients here, the tensors by the key or by what the plan calls. In everything
 unusual the ops run. The kernels are the same, so the result is too.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import dispatch
 from ..block_parts import BlockParts
 from ..ops import _register
-from . import cpp, hopper
+from . import cpp, hopper, training
 from .plan import Later, Plan, class_token_heads, class_token_linears, parameters
 
 __all__ = ["class_token_heads", "class_token_linears", "looks_ahead", "run_block", "run_blocks"]
@@ -31,7 +31,12 @@ _UNKNOWN: Any = object()
 
 def run_block(parts: BlockParts, x: Tensor, memory: str = "default", *, class_token: bool = False) -> Tensor | None:
     """What the block makes of x (B, N, E), or of its token 0 alone; None where the ops have to run."""
-    plan = _usable_plan(parts, x, memory, class_token) if _is_unwatched() else None
+    if not _is_unwatched():
+        return None
+    if _needs_gradient(parts, x):
+        plan = _training_plan(parts, x, memory, class_token)
+        return None if plan is None else training.run(plan, parts, x)
+    plan = _usable_plan(parts, x, memory, class_token)
     return None if plan is None else _run(plan, parts, x)
 
 
@@ -48,7 +53,9 @@ def run_blocks(blocks: Sequence[BlockParts], x: Tensor) -> tuple[Tensor, int]:
     """What the first of these make of x, and how many they are: 0 where the ops have to run."""
     plans: list[Plan] = []
     for parts in blocks if _is_unwatched() else ():
-        plan = _usable_plan(parts, x, "default", False)  # what comes out of a block is what goes into the next
+        plan = (
+            None if _needs_gradient(parts, x) else _usable_plan(parts, x, "default", False)
+        )  # what comes out of a block is what goes into the next
         if plan is None:
             break
         plans.append(plan)
@@ -61,9 +68,17 @@ def run_blocks(blocks: Sequence[BlockParts], x: Tensor) -> tuple[Tensor, int]:
 
 
 def _usable_plan(parts: BlockParts, x: Tensor, memory: str, class_token: bool) -> Plan | None:
-    if not (_is_plain(parts) and _needs_no_gradient(parts, x)):
+    """For inference."""
+    if not _is_plain(parts) or _drops_paths(parts) or torch._C._is_any_autocast_enabled():
         return None
-    way = hopper if _is_on_gpu(x) else cpp
+    return _plan_by(hopper if _is_on_gpu(x) else cpp, parts, x, memory, class_token)
+
+
+def _training_plan(parts: BlockParts, x: Tensor, memory: str, class_token: bool) -> Plan | None:
+    return _plan_by(training, parts, x, memory, class_token) if _is_plain(parts) else None
+
+
+def _plan_by(way: ModuleType, parts: BlockParts, x: Tensor, memory: str, class_token: bool) -> Plan | None:
     key = way.key(parts, x, memory, class_token)
     plan = _plans.get(key, _UNKNOWN)  # one question: another thread may clear them
     if plan is _UNKNOWN:
@@ -93,15 +108,18 @@ def _is_on_gpu(x: Tensor) -> bool:
 
 
 def _is_plain(parts: BlockParts) -> bool:
-    """Whether nothing is dropped, and q and k are not normalised."""
-    drops = parts.heads[1] or parts.drop_path1 is not None or parts.drop_path2 is not None
-    return not drops and not parts.head_norms
+    """Whether the attention drops nothing, and q and k are not normalised."""
+    return not parts.heads[1] and not parts.head_norms
+
+
+def _drops_paths(parts: BlockParts) -> bool:
+    return parts.drop_path1 is not None or parts.drop_path2 is not None
 
 
 def _is_unwatched() -> bool:
-    """Whether no mode, transform or recorder may want to see the ops, and autocast wants no casts."""
-    return not (torch._C._is_any_autocast_enabled() or dispatch.is_observed() or _register.is_watched_by_any_mode())
+    """Whether no mode, transform or recorder may want to see the ops."""
+    return not (dispatch.is_observed() or _register.is_watched_by_any_mode())
 
 
-def _needs_no_gradient(parts: BlockParts, x: Tensor) -> bool:
-    return not torch.is_grad_enabled() or not torch._C._any_requires_grad(x, *parameters(parts))
+def _needs_gradient(parts: BlockParts, x: Tensor) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(x, *parameters(parts))

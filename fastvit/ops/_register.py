@@ -30,12 +30,12 @@ def define(name: str, schema: str, impl: Callable, fake: Callable) -> Callable:
         with torch._C._AutoDispatchBelowAutograd():
             return impl(*args)
 
-    _IMPLS[name] = impl
+    IMPLS[name] = impl
     return call
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list))
-_IMPLS: dict[str, Callable] = {}
+IMPLS: dict[str, Callable] = {}
 _FUNCTIONS: dict[str, Any] = {}
 
 
@@ -63,7 +63,7 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
 
 def _function(name: str, setup_context: Callable, backward: Callable) -> Any:
     """What ``torch.library`` makes of the same formula, without its way there."""
-    impl = _IMPLS[name]
+    impl = IMPLS[name]
 
     def forward(ctx: Any, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():

@@ -1,0 +1,372 @@
+"""A block's training in one node: the bits of the ops, forward and backward, and no node where anything is unusual."""
+
+from contextlib import ExitStack, nullcontext
+
+import cuda_on_cpu
+import pytest
+import torch
+from block_plans import OPTIONS, block, by_ops
+from test_host_path import WIDTH, tokens
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+import fastvit
+from fastvit import block_plan, fused, layers
+from fastvit.dispatch import OPS, explaining, recording, use_backend
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def _on_hopper(monkeypatch):
+    pytest.importorskip("triton", reason="triton is not installed")
+    if cuda_on_cpu.why_not():
+        pytest.skip(cuda_on_cpu.why_not())
+    from hopper_on_cpu import hopper
+
+    return hopper()
+
+
+def _on_cpu(monkeypatch):
+    pytest.importorskip("fastvit._C", reason="the C++ extension is not built")
+    monkeypatch.setattr(block_plan, "_plans", {})
+    for op in OPS.values():
+        monkeypatch.setattr(op, "_settled", {})
+    return nullcontext()
+
+
+WAYS = {"cpp": _on_cpu, "hopper": _on_hopper}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    with WAYS[request.param](monkeypatch):
+        yield request.param
+
+
+@pytest.fixture
+def nodes(way, monkeypatch):
+    """One entry for each call that ran as one node."""
+    ran, run = [], block_plan.training.run
+    monkeypatch.setattr(block_plan.training, "run", lambda *args: ran.append(1) or run(*args))
+    return ran
+
+
+def step(made, x, seed=3):
+    """What comes out, and the gradients of x and of every parameter, by name."""
+    torch.manual_seed(seed)
+    made.zero_grad()
+    given = x.detach().requires_grad_(x.requires_grad)
+    out = made(given)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=F32).view(out.shape).to(out.dtype)
+    out.backward(weights)
+    return {"out": out.detach(), "x": given.grad} | {name: p.grad for name, p in made.named_parameters()}
+
+
+def assert_same_step(made, x):
+    ours, expected = step(made, x), by_ops(lambda given: step(made, given), x)
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (ours[name] is None) == (value is None), name
+        if value is not None:
+            assert ours[name].dtype == value.dtype, name
+            assert torch.equal(ours[name], value), name
+    return ours
+
+
+def wanting(dtype=BF16):
+    return tokens(dtype).requires_grad_()
+
+
+MORE = OPTIONS | {"drop path": {"drop_path": 0.4}, "both scales": {"drop_path": 0.4, "init_values": 0.3}}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("options", MORE)
+def test_the_bits_of_the_ops(options, dtype, way, nodes):
+    if way == "hopper" and dtype == F32:
+        pytest.skip("Hopper's kernels take 16 bits")
+    made, x = block(dtype, **MORE[options]).train(), wanting(dtype)
+    first, second = step(made, x), assert_same_step(made, x)
+    assert all(torch.equal(first[name], value) for name, value in second.items() if value is not None)
+    assert all(value is not None for value in second.values())
+    assert second["out"].std() > 0.1
+    assert nodes == [1]
+    assert_same_step(made, x.flip(0).detach().requires_grad_())
+    assert nodes == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_a_float32_stream_beside_weights_in_16_bits(dtype, nodes):
+    made, x = block(dtype), wanting(F32)
+    for _ in range(2):
+        assert_same_step(made, x)
+    assert nodes == [1]
+
+
+class Around:
+    """Another call of a block, with its parameters."""
+
+    def __init__(self, made, call):
+        self.call, self.zero_grad, self.named_parameters = call, made.zero_grad, made.named_parameters
+
+    def __call__(self, x):
+        return self.call(x)
+
+
+def test_lean_memory(nodes):
+    made, x = block(BF16), wanting()
+    lean = Around(made, lambda given: fused.block_forward(made, given, memory="lean"))
+    for _ in range(2):
+        assert_same_step(lean, x)
+    assert nodes == [1]
+    step(made, x)
+    assert 1.5 * saved_bytes(lean, x, made) < saved_bytes(made, x, made)
+
+
+def saved_bytes(call, x, made):
+    """Of what is kept for the backward, but for inputs and parameters."""
+    known = {x.data_ptr(), *(p.data_ptr() for p in made.parameters())}
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = call(x)
+    del out
+    return sum(size for address, size in kept.items() if address not in known)
+
+
+def test_keeps_what_the_ops_keep(nodes):
+    made, x = block(BF16), wanting()
+    step(made, x)
+    expected = by_ops(lambda given: saved_bytes(made, given, made), x)
+    assert saved_bytes(made, x, made) == expected > 0
+    assert nodes == [1]
+
+
+NAMES = [name for name, _ in layers.Block(WIDTH, 4, qkv_bias=True, init_values=0.1).named_parameters()]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "x"])
+def test_one_gradient_alone(name, nodes):
+    made, x = block(BF16, init_values=0.3), wanting()
+    step(made, x)
+
+    def run(given):
+        asked = given if name == "x" else dict(made.named_parameters())[name]
+        return torch.autograd.grad(made(given).float().square().sum(), asked)[0]
+
+    assert torch.equal(run(x), by_ops(run, x))
+    assert nodes == [1]
+
+
+@pytest.mark.parametrize("x_wants", [True, False])
+@pytest.mark.parametrize("name", [*NAMES, "nothing", "all but it"])
+def test_frozen_parameters(name, x_wants, nodes):
+    made, x = block(BF16, init_values=0.3), tokens(BF16).requires_grad_(x_wants)
+    for other, parameter in made.named_parameters():
+        parameter.requires_grad_((other == name) != (name == "all but it"))
+    if name == "all but it":
+        made.attn.proj.weight.requires_grad_(False)
+    if name == "nothing" and not x_wants:
+        assert not made(x).requires_grad
+        return
+    for _ in range(2):
+        found = assert_same_step(made, x)
+        assert (found["x"] is not None) == x_wants
+    in_branch = name.startswith(("norm1", "attn", "ls1")) or name == "all but it"
+    assert nodes == ([1] if x_wants or in_branch else [])
+
+
+@pytest.mark.parametrize("options", ["plain", "both scales", "no biases"])
+def test_autocast(options, way, nodes):
+    """Weights in float32, as most people train."""
+    made, x = block(F32, **MORE[options]).train(), wanting(F32)
+    before = dict(made.named_parameters())
+    with torch.autocast("cpu", dtype=BF16):
+        for _ in range(3):
+            found = assert_same_step(made, x)
+    assert nodes == [1] * 2
+    assert all(found[name].dtype == F32 for name in before)
+    assert found["out"].dtype == F32
+
+
+def test_backward_outside_autocast(way, nodes):
+    made, x = block(F32), wanting(F32)
+
+    def half_step(given):
+        made.zero_grad()
+        given = given.detach().requires_grad_()
+        with torch.autocast("cpu", dtype=BF16):
+            out = made(given)
+        out.sum().backward()
+        return [given.grad, *(p.grad for p in made.parameters())]
+
+    for _ in range(2):
+        for ours, expected in zip(half_step(x), by_ops(half_step, x), strict=True):
+            assert torch.equal(ours, expected)
+    assert nodes == [1]
+
+
+@pytest.mark.parametrize("options", ["layer scale", "both scales"])
+def test_a_second_derivative(options, monkeypatch, nodes, way):
+    made, x = block(F32 if way == "cpp" else BF16, **MORE[options]).train(), wanting(F32 if way == "cpp" else BF16)
+
+    def penalty(given):
+        torch.manual_seed(3)
+        made.zero_grad()
+        given = given.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(made(given).square().sum(), given, create_graph=True)
+        slope.square().sum().backward()
+        return [slope.detach(), given.grad, *(p.grad for p in made.parameters())]
+
+    step(made, x)
+    ours, expected = penalty(x), by_ops(penalty, x)
+    assert nodes == [1]
+    for mine, other in zip(ours, expected, strict=True):
+        scale = other.abs().max()
+        torch.testing.assert_close(mine / scale, other / scale, rtol=0, atol=2e-5 if way == "cpp" else 0.05)
+
+
+def test_checkpointed(nodes):
+    made, x = block(BF16), wanting()
+    step(made, x)
+
+    assert_same_step(Around(made, lambda given: checkpoint(made, given, use_reentrant=False)), x)
+    assert nodes == [1, 1]
+
+
+def test_a_parameter_changed_before_the_backward_is_an_error(nodes):
+    made, x = block(BF16), wanting()
+    step(made, x)
+    out = made(x)
+    with torch.no_grad():
+        made.mlp.fc1.weight.mul_(2)
+    assert nodes == [1]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_inputs_of_every_layout(nodes):
+    made = block(BF16)
+    wide = torch.randn(2, 5, 2 * WIDTH).to(BF16)
+    for x in (wide[..., :WIDTH], wide[..., ::2], tokens(BF16).transpose(0, 1).contiguous().transpose(0, 1)):
+        for _ in range(3):
+            assert_same_step(made, x.requires_grad_())
+    assert nodes
+
+
+@pytest.mark.parametrize("gradient", ["expanded", "strided", "of a part"])
+def test_gradients_of_every_layout(gradient, nodes):
+    made, x = block(BF16), wanting()
+
+    def run(given):
+        made.zero_grad()
+        given = given.detach().requires_grad_()
+        out = made(given)
+        if gradient == "expanded":
+            out.sum().backward()
+        elif gradient == "strided":
+            out.backward(
+                torch.randn(*out.shape[:2], 2 * WIDTH, generator=torch.Generator().manual_seed(1)).to(BF16)[..., ::2]
+            )
+        else:
+            out[:, 0].square().sum().backward()
+        return [given.grad, *(p.grad for p in made.parameters())]
+
+    for _ in range(2):
+        for ours, expected in zip(run(x), by_ops(run, x), strict=True):
+            assert torch.equal(ours, expected)
+    assert nodes == [1]
+
+
+class Seeing(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("watcher", [Seeing, recording, explaining], ids=lambda w: w.__name__)
+def test_watchers_see_the_ops(watcher, nodes):
+    made, x = block(BF16), wanting()
+    step(made, x)
+    with watcher():
+        assert_same_step(made, x)
+    assert nodes == []
+    step(made, x)
+    assert nodes == [1]
+
+
+@pytest.mark.parametrize("op", ["layernorm_linear", "attention_packed", "linear_residual", "layernorm_mlp"])
+def test_the_users_choice_holds(op, nodes):
+    made, x = block(BF16), wanting()
+    step(made, x)
+    with use_backend(**{op: "torch"}):
+        for _ in range(2):
+            assert_same_step(made, x)
+    assert nodes == []
+    step(made, x)
+    assert nodes == [1]
+
+
+def test_what_drops_or_normalises_heads_is_run_by_ops(nodes):
+    x = wanting()
+    for options in ({"attn_drop": 0.3}, {"proj_drop": 0.3}, {"qk_norm": True}):
+        made = block(BF16, **options).train()
+        with use_backend(attention_packed="torch"):
+            for _ in range(2):
+                assert_same_step(made, x)
+    assert nodes == []
+
+
+def test_other_sizes_and_wrong_ones(nodes):
+    made, x = block(BF16), wanting()
+    step(made, x)
+    for shape in ((1, 5), (3, 5), (2, 9), (2, 1), (0, 5)):
+        other = torch.randn(*shape, WIDTH).to(BF16).requires_grad_()
+        for _ in range(2):
+            assert_same_step(made, other)
+    with pytest.raises(ValueError, match="norm_weight has shape"):
+        made(torch.randn(2, 5, WIDTH - 8, dtype=BF16, requires_grad=True))
+
+
+def test_whole_models_train_alike(way, nodes):
+    dtype = F32 if way == "cpp" else BF16
+    torch.manual_seed(0)
+    model = fastvit.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3).to(dtype).train()
+    images, stack = torch.randn(2, 3, 32, 32, dtype=dtype), ExitStack()
+    if way == "hopper":
+        stack.enter_context(use_backend(patch_embed="torch"))
+    with stack:
+        for _ in range(2):
+            assert_same_step(model, images)
+    assert len(nodes) == 21  # the last block is run for its class token; the first one found the plan
+
+
+def test_a_hook_on_a_part_is_called(nodes):
+    made, x, calls = block(BF16), wanting(), []
+    step(made, x)
+    made.attn.proj.register_forward_hook(lambda *args: calls.append(1))
+    assert_same_step(made, x)
+    assert len(calls) == 2
+    assert nodes == []
+
+
+def test_two_uses_of_one_block(nodes):
+    """Gradients of both add up."""
+    made, x = block(BF16), wanting()
+    step(made, x)
+
+    assert_same_step(Around(made, lambda given: made(made(given))), x)
+    assert nodes == [1, 1]
+
+
+def test_no_gradient_comes_back(nodes):
+    made, x = block(BF16), wanting()
+    step(made, x)
+    first, second = made(x), nn.Parameter(torch.ones(1))
+    grads = torch.autograd.grad((0 * second).sum() + second.sum(), [second, x], allow_unused=True)
+    assert grads[1] is None
+    assert first.requires_grad
