@@ -31,6 +31,7 @@ def plan(rehearse: bool = False) -> list[Job]:
     jobs = [
         Job("infer", 40, {"models": BASE, "mode": "infer", "providers": autocast}),
         Job("train", 60, {"models": BASE, "mode": "train", "providers": [*autocast, "fastvit-lean"]}),
+        Job("train-32", 30, {"models": BASE, "mode": "train", "batch": 32, "providers": autocast}),
         Job("batch-1", 30, {"models": BASE, "mode": "infer", "batch": 1, "providers": graphs, "rounds": 15}),
         Job("ops-fwd", 40, {"ops": OPS, "mode": "fwd"}),
         Job("ops-bwd", 50, {"ops": OPS, "mode": "bwd"}),
@@ -55,7 +56,7 @@ def plan(rehearse: bool = False) -> list[Job]:
     ]
     defaults = {"dtype": "bfloat16", "batch": 256, "device": "cuda", "providers": PLAIN, "rounds": 7}
     jobs = [Job(job.name, job.seconds, defaults | job.arguments) for job in jobs]
-    return [_in_small(job) for job in jobs[:5]] if rehearse else jobs
+    return [_in_small(job) for job in jobs[:6]] if rehearse else jobs
 
 
 def _in_small(job: Job) -> Job:

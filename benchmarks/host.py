@@ -5,7 +5,8 @@ python benchmarks/host.py [--profile NAME] [--json FILE]
 Needs no GPU: tensors are tiny and lie on the CPU, on one thread. ``eager`` and ``cpp`` run for real. ``cuda`` is the
 way a call takes on a Hopper GPU, by the real Python and the real glue of csrc/cuda (host_glue.py; needs nvcc): checks,
 allocations, PyTorch's dispatcher. Not in it: what CUDA's runtime does for a launch, and Triton's launcher where the
-launch is not C++'s. Eager's calls on a GPU likewise cost more than the tiny ones here.
+launch is not C++'s. Eager's calls on a GPU likewise cost more than the tiny ones here. In training ``cuda`` holds seven
+products that are PyTorch's: work on a CPU, a launch on a GPU. They have a row of their own.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def cuda_path() -> Iterator[None]:
             (_launch, "_kept", {}),
             (block_plan, "_is_on_gpu", lambda x: True),
             (block_plan, "_plans", {}),
+            (block_plan.hopper, "_backwards", {}),
             *((op, "_settled", {}) for op in OPS.values()),  # a verdict found here does not outlive it
         ):
             stack.enter_context(mock.patch.object(target, name, value))
@@ -141,7 +143,7 @@ def least_microseconds(calls: dict[str, Callable]) -> dict[str, float]:
 def calls(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable]]:
     """name -> (ours, eager's), of a block and of each op."""
     block = Block(WIDTH, HEADS, qkv_bias=True, dtype=dtype).eval()
-    x, eager = torch.randn(1, TOKENS, WIDTH, dtype=dtype), EagerBlock(block).eval()
+    x, eager = torch.randn(1, TOKENS, WIDTH, dtype=dtype, requires_grad=True), EagerBlock(block).eval()
     return {
         "block": (lambda: block(x), lambda: eager(x)),
         "class token": (lambda: fused.class_token_block_forward(block, x), lambda: eager(x)[:, :1]),
@@ -159,10 +161,35 @@ def rows() -> list[dict[str, object]]:
         with mock.patch.object(fused, "run_block", _no_plan):
             by_ops = {name: on_cuda(half[name][0]) for name in ("block", "class token")}
         found += [{"op": f"{name} by ops", "mode": "infer", **row} for name, row in by_ops.items()]
-    ours, stock = wide["block"]
-    steps = {"cpp": lambda: ours().sum().backward(), "eager": lambda: stock().sum().backward()}
-    found.append({"op": "block", "mode": "train", **least_microseconds(steps)})
+    ours, stock = (training(call) for call in wide["block"])
+    found.append({"op": "block", "mode": "train", **least_microseconds({"cpp": ours, "eager": stock})})
+    ours = training(half["block"][0])
+    found[-1] |= on_cuda(ours)
+    with mock.patch.object(fused, "run_block", _no_plan):
+        found.append({"op": "block by ops", "mode": "train", **on_cuda(ours)})
+    found.append({"op": "its products", "mode": "train", **on_cuda(products_of_a_backward)})
     return found
+
+
+def training(call: Callable[[], Tensor]) -> Callable[[], None]:
+    """Forward and backward; gradients add up, which costs the same on every way."""
+    gradient = torch.ones_like(call())
+    return lambda: call().backward(gradient)
+
+
+@torch.no_grad()
+def products_of_a_backward() -> None:
+    """The seven that are PyTorch's on a GPU too, where they are launches: here they are work, and in every row."""
+    for rows, cols in ((_HALVES[0], _HALVES[1]), (_HALVES[1], _HALVES[0]), (_HALVES[0], _HALVES[0])):
+        torch.matmul(rows.t(), cols)
+    torch.matmul(_HALVES[2].t(), _HALVES[0])
+    torch.matmul(_HALVES[1], _WEIGHTS[0])
+    torch.matmul(_HALVES[0], _WEIGHTS[1])
+    torch.matmul(_HALVES[2], _WEIGHTS[2])
+
+
+_HALVES = [torch.randn(TOKENS, cols, dtype=torch.bfloat16) for cols in (WIDTH, 4 * WIDTH, 3 * WIDTH)]
+_WEIGHTS = [torch.randn(rows, WIDTH, dtype=torch.bfloat16) for rows in (4 * WIDTH, WIDTH, 3 * WIDTH)]
 
 
 def _no_plan(*args: Any, **options: Any) -> None:

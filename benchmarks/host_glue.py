@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 import cuda_on_cpu  # noqa: E402
 
-GLUE = ("layernorm_mlp.cpp", "sm90/ops.cpp", "sm90/block.cpp")
+GLUE = ("layernorm_mlp.cpp", "sm90/ops.cpp", "sm90/block.cpp", "sm90/block_bwd.cpp")
 PASSES = ("LayerNormFwd", "LayerNormBwd", "ActFwd", "ActBwd", "ScaleResidualFwd", "Scale", "SumPartials")
 PASSES += ("LayerScaleBwd",)
 HALVES, TILES = ("kBFloat16", "kFloat16"), ("kLarge", "kSmall")
@@ -52,7 +52,8 @@ def empty_launches() -> str:
         lines.append(launcher("LinearActGrad", "linear_act_grad", f"<{values}>"))
         streams = (half, "kFloat32")
         lines += [launcher("LinearResidual", "linear_residual", f"<{values}, DType::{s}>") for s in streams]
-    lines += [launcher("AttentionFwd", "attention_fwd", f"<DType::{half}>") for half in HALVES]
+    for way in ("Fwd", "Bwd"):
+        lines += [launcher(f"Attention{way}", f"attention_{way.lower()}", f"<DType::{half}>") for half in HALVES]
     return "\n".join([*lines, "}", "}", ""])
 
 

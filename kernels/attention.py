@@ -118,10 +118,26 @@ def attention_bwd(
     dout, q, k, v, out = (_rows(t) for t in (dout, q, k, v, out))
     if q.numel():
         delta = lse.new_empty(q.shape[:3])
-        tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse}
-        tensors |= {"dq": dq, "dk": dk, "dv": dv, "delta": delta}
+        tensors = dict(zip(_BWD_TENSORS, (dout, q, k, v, out, lse, dq, dk, dv, delta), strict=True))
         arguments = (dout, q, k, v, out, lse, scale, dq, dk, dv, limits(q.device), delta)
         run_on(tensors, ("attention_bwd", scale), lambda: _bwd_launches(*arguments))
+
+
+_BWD_TENSORS = ("dout", "q", "k", "v", "out", "lse", "dq", "dk", "dv", "delta")
+DQ_POINTERS = ("q", "k", "v", "out", "dout", "dq", "lse", "delta")
+DKV_POINTERS = ("q", "k", "v", "dout", "dk", "dv", "lse", "delta")
+
+
+def made_packed_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float) -> tuple:
+    """The launches of dq's kernel and of dk's and dv's, where ones for such tensors were made before; else nothing.
+
+    dout, out  (B, N, H * D)      gradients are as qkv (B, N, 3 * H * D) is
+    """
+    heads = [t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (dout, out)]
+    rows = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    tensors = (heads[0], *rows, heads[1], lse, *rows, lse)
+    found = made(("attention_bwd", scale, facts(tensors)))
+    return found if [replay.names for replay in found] == [DQ_POINTERS, DKV_POINTERS] else ()
 
 
 def aot_cases(arch: int = 90) -> list[AotCase]:

@@ -132,10 +132,49 @@ cudaError_t launch_attention_fwd(const AttentionFwd& p, cudaStream_t) {
   return cudaGetLastError();
 }
 
-// Nothing here asks for it.
+template <typename T>
+float dot(const T* a, const T* b, int64_t dim) {
+  float sum = 0.f;
+  for (int64_t d = 0; d < dim; ++d) sum += to_float(a[d]) * to_float(b[d]);
+  return sum;
+}
+
+// row += factor * x
+template <typename T>
+void add_to(float* row, float factor, const T* x, int64_t dim) {
+  for (int64_t d = 0; d < dim; ++d) row[d] += factor * to_float(x[d]);
+}
+
+template <typename T>
+void store_rows(const HeadRows& to, int64_t sample, int64_t head, const std::vector<float>& rows, int64_t dim) {
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const_cast<T*>(token_of<T>(to, sample, head, i / dim))[i % dim] = from_float<T>(rows[i]);
+  }
+}
+
 template <DType DTYPE>
-cudaError_t launch_attention_bwd(const AttentionBwd&, cudaStream_t) {
-  return cudaErrorNotSupported;
+cudaError_t launch_attention_bwd(const AttentionBwd& p, cudaStream_t) {
+  using T = ElementOf<DTYPE>;
+  for (int64_t i = 0; i < p.batch * p.heads; ++i) {
+    const int64_t b = i / p.heads, h = i % p.heads;
+    std::vector<float> dq(p.queries * p.dim), dk(p.keys * p.dim), dv(p.keys * p.dim);
+    for (int64_t n = 0; n < p.queries; ++n) {
+      const T *q = token_of<T>(p.q, b, h, n), *dout = token_of<T>(p.dout, b, h, n);
+      const float delta = dot(dout, token_of<T>(p.out, b, h, n), p.dim);
+      for (int64_t m = 0; m < p.keys; ++m) {
+        const T *k = token_of<T>(p.k, b, h, m), *v = token_of<T>(p.v, b, h, m);
+        const float weight = std::exp(dot(q, k, p.dim) * p.scale - p.lse[i * p.queries + n]);
+        const float score = weight * (dot(dout, v, p.dim) - delta) * p.scale;
+        add_to(&dq[n * p.dim], score, k, p.dim);
+        add_to(&dk[m * p.dim], score, q, p.dim);
+        add_to(&dv[m * p.dim], weight, dout, p.dim);
+      }
+    }
+    store_rows<T>(p.dq, b, h, dq, p.dim);
+    store_rows<T>(p.dk, b, h, dk, p.dim);
+    store_rows<T>(p.dv, b, h, dv, p.dim);
+  }
+  return cudaGetLastError();
 }
 
 #define FASTVIT_TILE(DTYPE, TILE)                                                                       \

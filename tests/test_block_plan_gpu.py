@@ -1,4 +1,4 @@
-"""A block's inference in one call on a Hopper GPU: the bits of the ops, on any stream, in a CUDA graph.
+"""A block in one call on a Hopper GPU, its training in one node: the bits of the ops, on any stream, in a CUDA graph.
 
 The same tests run in small on the CPU, as kernels in loops: what they expect of a GPU is tried out there.
 """
@@ -39,6 +39,7 @@ def planned(device, monkeypatch):
             stack.enter_context(hopper())
             stand_in(stack.enter_context(pytest.MonkeyPatch.context()), cuda_on_cpu.library)
         monkeypatch.setattr(block_plan, "_plans", {})
+        monkeypatch.setattr(block_plan.hopper, "_backwards", {})
         monkeypatch.setattr(_launch, "_kept", {})
         yield runs_of_plans(monkeypatch)
 
@@ -110,3 +111,62 @@ def test_on_another_stream_and_in_a_graph(device, planned):
     graph.replay()
     assert torch.equal(captured, by_ops(made, x))
     assert planned == [True] * 3  # the ops have made the launch before
+
+
+@pytest.fixture
+def backwards(monkeypatch):
+    """Whether each backward that might be one call was."""
+    ran, backward = [], block_plan.hopper.backward
+    monkeypatch.setattr(
+        block_plan.hopper, "backward", lambda *args: [grads := backward(*args), ran.append(grads is not None)][0]
+    )
+    return ran
+
+
+def gradients(made, x):
+    made.zero_grad()
+    given = x.detach().requires_grad_()
+    with torch.enable_grad():
+        out = made(given)
+        out.backward(torch.linspace(-1, 1, out.numel(), device=x.device).view(out.shape).to(out.dtype))
+    return [out.detach(), given.grad, *(parameter.grad for parameter in made.parameters())]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32 stream", "autocast", "layer scale", "drop path"])
+@pytest.mark.parametrize(("batch", "tokens"), [(8, 197), (3, 50), (2, 577)])
+def test_training_has_the_bits_of_the_ops(device, batch, tokens, kind, backwards):
+    options = {"layer scale": {"init_values": 0.3}, "drop path": {"drop_path": 0.3}}.get(kind, {})
+    dtype = {"float16": F16, "autocast": F32}.get(kind, BF16)
+    made, x = block_and_input(device, batch, tokens, dtype, F32 if "32" in kind else None, **options)
+    made.train()
+    with torch.autocast(device, BF16, enabled=kind == "autocast"):
+        for i in range(4):
+            torch.manual_seed(i)
+            ours = gradients(made, x)
+            torch.manual_seed(i)
+            expected = by_ops(lambda given: gradients(made, given), x)
+            assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
+    assert backwards == ([] if options else [True] * 3)
+
+
+@pytest.mark.parametrize("tokens", [197, 129])
+def test_training_by_hoppers_own_attention(device, tokens, backwards):
+    made, x = block_and_input(device, 4, tokens)
+    if device == "cpu":
+        x = x[:1, :1].repeat(1, 70, 1)  # fewer have no such backward
+    with use_backend(attention="cuda", attention_packed="cuda"):
+        for _ in range(3):
+            ours, expected = gradients(made, x), by_ops(lambda given: gradients(made, given), x)
+            assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
+    assert backwards == [True] * 2
+
+
+@pytest.mark.parametrize("device", [ON_GPU], indirect=True)
+def test_many_blocks_train_one_after_the_other(device, backwards):
+    made, x = block_and_input(device, 2, 197)
+    deep = torch.nn.Sequential(*[made] * 20)
+    gradients(made, x)
+    for _ in range(3):
+        ours, expected = gradients(deep, x), by_ops(lambda given: gradients(deep, given), x)
+        assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
+    assert backwards == [True] * 60

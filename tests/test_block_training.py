@@ -52,6 +52,22 @@ def nodes(way, monkeypatch):
     return ran
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """For each backward that might be one call of Hopper's: whether it was."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    ran, backward = [], block_plan.hopper.backward
+
+    def counted(*args):
+        grads = backward(*args)
+        ran.append(grads is not None)
+        return grads
+
+    with _on_hopper(monkeypatch):
+        monkeypatch.setattr(block_plan.hopper, "backward", counted)
+        yield ran
+
+
 def step(made, x, seed=3):
     """What comes out, and the gradients of x and of every parameter, by name."""
     torch.manual_seed(seed)
@@ -370,3 +386,104 @@ def test_no_gradient_comes_back(nodes):
     grads = torch.autograd.grad((0 * second).sum() + second.sum(), [second, x], allow_unused=True)
     assert grads[1] is None
     assert first.requires_grad
+
+
+@pytest.mark.parametrize("stream", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize("options", ["plain", "no biases", "tanh", "quick", "wide MLP"])
+def test_hoppers_backward_in_one_call(options, stream, calls):
+    made, x = block(F16 if stream == F16 else BF16, **OPTIONS[options]), wanting(stream)
+    for _ in range(2):
+        assert_same_step(made, x)
+    assert calls == [True]
+    assert_same_step(made, x.flip(0).detach().requires_grad_())
+    assert calls == [True, True]
+
+
+def test_hoppers_backward_takes_the_launches_of_the_first_one(calls):
+    made, x = block(BF16), wanting()
+    made(x), made(x)  # no backward was run yet
+    grads = [step(made, x) for _ in range(2)]
+    assert calls == [False, True]
+    assert all(torch.equal(*pair) for pair in zip(*(each.values() for each in grads), strict=True))
+
+
+def test_hoppers_backward_under_autocast(calls):
+    made, x = block(F32), wanting(F32)
+    with torch.autocast("cpu", dtype=BF16):
+        for _ in range(3):
+            assert_same_step(made, x)
+    assert calls == [True, True]
+
+
+@pytest.mark.parametrize("tile", ["large", "small"])
+def test_the_tile_of_the_largest_product(tile, calls, monkeypatch):
+    monkeypatch.setattr(block_plan.hopper._tiles, "ACT_GRAD", tile)
+    made, x = block(BF16), tokens(BF16).repeat(16, 4, 1).requires_grad_()  # rows enough for two tiles of each
+    for _ in range(2):
+        assert_same_step(made, x)
+    assert calls == [True]
+
+
+def test_a_tail_of_parameters_that_hoppers_backward_does_not_take(calls):
+    made, x = block(BF16), wanting()
+    for _ in range(3):
+        step(made, x)
+    del calls[:]
+    made.norm1.float()  # both of its parameters: float32 beside 16 bits is fine
+    for _ in range(3):
+        assert_same_step(made, x)
+    made.mlp.fc2.weight = nn.Parameter(made.mlp.fc2.weight.detach().t().contiguous().t())
+    assert_same_step(made, x)
+    assert calls == [True, True, False]
+
+
+def test_gradients_of_other_layouts_go_by_the_ops(calls):
+    made, x = block(BF16), wanting()
+    for _ in range(3):
+        step(made, x)
+    del calls[:]
+    made(x).sum().backward()  # expanded
+    assert calls == [False]
+    made.attn.qkv.weight.requires_grad_(False)
+    for _ in range(3):
+        assert_same_step(made, x)
+    assert calls == [False]  # not asked
+
+
+def test_a_profilers_hook_hears_of_the_backwards_launches(calls):
+    from fastvit.kernels import _launch
+
+    made, x = block(BF16), wanting()
+    for _ in range(3):
+        step(made, x)
+    del calls[:]
+    out, hook = made(x), _launch.triton.knobs.runtime.launch_enter_hook
+    hook.add(print)
+    try:
+        out.backward(torch.ones_like(out))
+    finally:
+        hook.remove(print)
+    assert calls == [False]
+
+
+@pytest.mark.parametrize("shape", [(2, 70), (1, 130)], ids=str)
+def test_hoppers_own_attention(shape, calls, monkeypatch):
+    from hopper_attention import stand_in
+
+    torch.manual_seed(0)
+    made, x = layers.Block(128, 2, qkv_bias=True).to(BF16), torch.randn(*shape, 128).to(BF16).requires_grad_()
+    with pytest.MonkeyPatch.context() as patch, use_backend(attention="cuda", attention_packed="cuda"):
+        stand_in(patch, cuda_on_cpu.library)
+        for _ in range(2):
+            assert_same_step(made, x)
+    assert calls == [True]
+
+
+def test_an_error_of_a_launch_in_the_backward_is_no_misfit(calls, monkeypatch):
+    made, x = block(BF16), wanting()
+    for _ in range(3):
+        step(made, x)
+    out = made(x)
+    monkeypatch.setenv(cuda_on_cpu.FAILURE, "701")
+    with pytest.raises(RuntimeError, match="too many resources requested for launch"):
+        out.backward(torch.ones_like(out))

@@ -47,8 +47,16 @@ inline Tensor finish_sums(const char* op, const Tensor& partials, const Pass& pa
   return sums;
 }
 
-// (y, mean, rstd), y in dtype; layernorm_mlp.cpp
+// Ops of layernorm_mlp.cpp that others are made of. (y, mean, rstd), y in dtype
 std::tuple<Tensor, Tensor, Tensor> layernorm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps,
                                                  ScalarType dtype);
+// (dx + dresidual, dweight, dbias, y once more)
+std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd,
+                                                         MaybeTensor weight, MaybeTensor bias, MaybeTensor dresidual,
+                                                         bool want_params, bool want_y);
+// (x * row_scale * column_scale in dtype, its column sums)
+std::tuple<Tensor, Tensor> scale(Tensor x, MaybeTensor row_scale, MaybeTensor column_scale, ScalarType dtype,
+                                 std::optional<ScalarType> sums);
+Tensor column_sum(Tensor x, ScalarType dtype);
 
 }  // namespace fastvit

@@ -10,6 +10,20 @@
 
 namespace fastvit {
 
+namespace {
+
+int64_t samples(const Checks& checks, const MaybeTensor& row_scale, int64_t rows) {
+  if (!row_scale) return rows;
+  const int64_t count = row_scale->dim() == 1 ? row_scale->size(0) : -1;
+  checks.expect(count > 0 ? rows % count == 0 : count == 0 && rows == 0, [&] {
+    return "row_scale has shape " + text(row_scale->sizes()) + ", expected one factor a sample of " +
+           std::to_string(rows) + " rows";
+  });
+  return count;
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> layernorm_fwd(Tensor x, MaybeTensor weight, MaybeTensor bias, double eps,
                                                  ScalarType dtype) {
   const Checks checks("layernorm_fwd", "x", x);
@@ -35,18 +49,6 @@ std::tuple<Tensor, Tensor, Tensor> layernorm_fwd(Tensor x, MaybeTensor weight, M
   p.eps = float(eps);
   check_launch("layernorm_fwd", launch_layernorm_fwd(p, device.stream()));
   return {y, mean, rstd};
-}
-
-namespace {
-
-int64_t samples(const Checks& checks, const MaybeTensor& row_scale, int64_t rows) {
-  if (!row_scale) return rows;
-  const int64_t count = row_scale->dim() == 1 ? row_scale->size(0) : -1;
-  checks.expect(count > 0 ? rows % count == 0 : count == 0 && rows == 0, [&] {
-    return "row_scale has shape " + text(row_scale->sizes()) + ", expected one factor a sample of " +
-           std::to_string(rows) + " rows";
-  });
-  return count;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_bwd(Tensor dy, Tensor x, Tensor mean, Tensor rstd,
@@ -90,6 +92,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_bwd(Tensor dy, Tensor x, Te
   check_launch("layernorm_bwd", launch_sum_partials(sum, device.stream()));
   return {dx, dweight, dbias, y};
 }
+
+std::tuple<Tensor, Tensor> scale(Tensor x, MaybeTensor row_scale, MaybeTensor column_scale, ScalarType dtype,
+                                 std::optional<ScalarType> sums) {
+  const Checks checks("scale", "x", x);
+  Scale p{};
+  p.x = checks.matrix("x", x);
+  const int64_t rows = x.size(0), cols = x.size(1);
+  const DType kind = checks.dtype("the result", dtype);
+  checks.fits("x", p.x.dtype, "the result", kind);
+  p.samples = samples(checks, row_scale, rows);
+  p.row_scale = checks.vector("row_scale", row_scale, p.samples, kind, "the result");
+  p.column_scale = checks.vector("column_scale", column_scale, cols, kind, "the result");
+  const DType sums_kind = sums ? checks.dtype("sums", *sums) : DType::kFloat32;
+  const OnDevice device(x);
+  Tensor y = empty(x, {rows, cols}, dtype);
+  p.y = matrix_of(checks, "y", y);
+  p.pass = {rows, cols, pass_groups(rows, cols), nullptr};
+  Tensor partials = sums ? empty(x, {p.pass.groups, cols}, ScalarType::Float) : nothing(x);
+  if (sums) p.pass.partials = static_cast<float*>(partials.data_ptr());
+  check_launch("scale", launch_scale(p, device.stream()));
+  return {y, sums ? finish_sums("scale", partials, p.pass, *sums, sums_kind, device) : nothing(x)};
+}
+
+Tensor column_sum(Tensor x, ScalarType dtype) {
+  const Checks checks("column_sum", "x", x);
+  Scale p{};
+  p.x = checks.matrix("x", x);
+  p.y.dtype = p.x.dtype;
+  const int64_t rows = x.size(0), cols = x.size(1);
+  const DType kind = checks.dtype("the result", dtype);
+  const OnDevice device(x);
+  p.samples = rows;
+  p.pass = {rows, cols, pass_groups(rows, cols), nullptr};
+  Tensor partials = empty(x, {p.pass.groups, cols}, ScalarType::Float);
+  p.pass.partials = static_cast<float*>(partials.data_ptr());
+  check_launch("column_sum", launch_scale(p, device.stream()));
+  return finish_sums("column_sum", partials, p.pass, dtype, kind, device);
+}
+
+namespace {
 
 void act_fwd(Tensor h, Tensor a, std::string act) {
   const Checks checks("act_fwd", "h", h);
@@ -141,44 +183,6 @@ Tensor scale_residual_fwd(Tensor branch, MaybeTensor residual, MaybeTensor layer
   p.pass = {rows, cols, pass_groups(rows, cols), nullptr};
   check_launch("scale_residual_fwd", launch_scale_residual_fwd(p, device.stream()));
   return out;
-}
-
-std::tuple<Tensor, Tensor> scale(Tensor x, MaybeTensor row_scale, MaybeTensor column_scale, ScalarType dtype,
-                                 std::optional<ScalarType> sums) {
-  const Checks checks("scale", "x", x);
-  Scale p{};
-  p.x = checks.matrix("x", x);
-  const int64_t rows = x.size(0), cols = x.size(1);
-  const DType kind = checks.dtype("the result", dtype);
-  checks.fits("x", p.x.dtype, "the result", kind);
-  p.samples = samples(checks, row_scale, rows);
-  p.row_scale = checks.vector("row_scale", row_scale, p.samples, kind, "the result");
-  p.column_scale = checks.vector("column_scale", column_scale, cols, kind, "the result");
-  const DType sums_kind = sums ? checks.dtype("sums", *sums) : DType::kFloat32;
-  const OnDevice device(x);
-  Tensor y = empty(x, {rows, cols}, dtype);
-  p.y = matrix_of(checks, "y", y);
-  p.pass = {rows, cols, pass_groups(rows, cols), nullptr};
-  Tensor partials = sums ? empty(x, {p.pass.groups, cols}, ScalarType::Float) : nothing(x);
-  if (sums) p.pass.partials = static_cast<float*>(partials.data_ptr());
-  check_launch("scale", launch_scale(p, device.stream()));
-  return {y, sums ? finish_sums("scale", partials, p.pass, *sums, sums_kind, device) : nothing(x)};
-}
-
-Tensor column_sum(Tensor x, ScalarType dtype) {
-  const Checks checks("column_sum", "x", x);
-  Scale p{};
-  p.x = checks.matrix("x", x);
-  p.y.dtype = p.x.dtype;
-  const int64_t rows = x.size(0), cols = x.size(1);
-  const DType kind = checks.dtype("the result", dtype);
-  const OnDevice device(x);
-  p.samples = rows;
-  p.pass = {rows, cols, pass_groups(rows, cols), nullptr};
-  Tensor partials = empty(x, {p.pass.groups, cols}, ScalarType::Float);
-  p.pass.partials = static_cast<float*>(partials.data_ptr());
-  check_launch("column_sum", launch_scale(p, device.stream()));
-  return finish_sums("column_sum", partials, p.pass, dtype, kind, device);
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_scale_bwd(Tensor g, Tensor weight, MaybeTensor bias, MaybeTensor sums,

@@ -1,9 +1,12 @@
-"""Plans for Hopper: csrc/cuda/sm90/block.cpp launches a block's kernels, attention as Triton compiled it or its own."""
+"""Plans for Hopper: csrc/cuda/sm90/block.cpp launches a block's kernels, attention as Triton compiled it or its own.
+
+And block_bwd.cpp those of a training step's backward.
+"""
 
 from __future__ import annotations
 
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +20,8 @@ from .plan import Later, Plan, backends_of, empty_heads, op_calls
 # five tiles; what Triton compiled
 _LAYOUT = Struct("=6q3f8i4x")
 _COMPILED = 224  # bytes of a CompiledKernel
+# BlockBwdPlan of block_bwd.cpp: batch, tokens, heads; scale; act, act_grad_is_small, by_triton, four biases
+_BWD_LAYOUT = Struct("=3qf7i")
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _TILES = ("large", "small")
 
@@ -95,3 +100,94 @@ def _pack(parts: BlockParts, x: Tensor, class_token: bool, launch: Any) -> Tenso
     packed = _LAYOUT.pack(*sizes, parts.eps1, parts.eps2, parts.heads[2], *kinds)
     packed += bytes(_COMPILED) if launch is None else launch.packed()
     return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+class Backward(NamedTuple):
+    plan: Tensor
+    """A BlockBwdPlan."""
+    launches: tuple[Any, ...]
+    """Kept, so that their binaries stay loaded."""
+
+
+_MOST_KEPT = 1024
+_UNKNOWN: Any = object()
+_backwards: dict[tuple, Backward | None] = {}
+
+
+def backward(step: Any, dout: Tensor, x: Tensor, saved: Any, weights: Any) -> tuple[Tensor | None, ...] | None:
+    """Every gradient of a block without LayerScale or DropPath in one call; None where it takes the ops' backwards.
+
+    step            what training.py knows of the block, as is all that follows
+    """
+    _, _, qkv, attended, softmax, *_, h = saved
+    biases = tuple(weights[at] is not None for at in _BIASES)
+    key = (step, biases, x.shape, qkv.shape, h.shape, qkv.dtype, x.device, _tiles.ACT_GRAD)
+    found = _backwards.get(key, _UNKNOWN)
+    if found is _UNKNOWN:
+        found = _find_backward(key, step, biases, qkv, attended, softmax, h)
+    if found is None or any(launch.is_watched() for launch in found.launches):
+        return None
+    (
+        norm1_weight,
+        norm1_bias,
+        qkv_weight,
+        _,
+        proj_weight,
+        _,
+        _,
+        norm2_weight,
+        norm2_bias,
+        fc1_weight,
+        _,
+        fc2_weight,
+        *_,
+    ) = weights
+    linears = (norm1_weight, norm1_bias, qkv_weight, proj_weight, norm2_weight, norm2_bias, fc1_weight, fc2_weight)
+    grads = _cuda.ops.block_bwd(dout, x, *saved, *linears, found.plan)
+    return (*grads[:7], None, *grads[7:], None) if grads else None
+
+
+_BIASES = (3, 5, 10, 12)  # of a block's parameters, those of its linear layers
+
+
+def _find_backward(
+    key: tuple, step: Any, biases: tuple[bool, ...], qkv: Tensor, attended: Tensor, softmax: Tensor, h: Tensor
+) -> Backward | None:
+    found = None
+    if _may_have_backward(step, qkv, h):
+        by_triton = not (step.backends[1] == "cuda" and _has_own_backward(step, qkv))
+        launches = _made_backward(step, qkv, attended, softmax) if by_triton else ()
+        if by_triton and not launches:
+            return None  # not yet: the first backward, by the ops, compiles and launches them
+        if all(launch.is_packable() for launch in launches):
+            kinds = (_ACTIVATIONS.index(step.act), _TILES.index(_tiles.ACT_GRAD), by_triton, *biases)
+            packed = _BWD_LAYOUT.pack(qkv.shape[0], qkv.shape[1], step.num_heads, step.scale, *kinds)
+            packed += b"".join(launch.packed() for launch in launches) or bytes(2 * _COMPILED)
+            found = Backward(torch.frombuffer(bytearray(packed), dtype=torch.uint8), launches)
+    if len(_backwards) >= _MOST_KEPT:
+        _backwards.clear()
+    _backwards[key] = found
+    return found
+
+
+def _may_have_backward(step: Any, qkv: Tensor, h: Tensor) -> bool:
+    """Whether the ops' backwards would run what block_bwd.cpp does."""
+    linear_by, attention_by, residual_by, mlp_by = step.backends
+    if (linear_by, residual_by, mlp_by) != ("cuda",) * 3 or attention_by not in ("cuda", "triton"):
+        return False
+    if qkv.dtype not in _sm90.NAMES or h.numel() == 0 or not hasattr(_cuda.ops, "block_bwd"):
+        return False
+    return not _sm90.why_not_built(_cuda.ops, qkv.device.index or 0)
+
+
+def _has_own_backward(step: Any, qkv: Tensor) -> bool:
+    head_dim, keys = qkv.shape[2] // (3 * step.num_heads), qkv.shape[1]
+    return head_dim == _sm90.BWD_HEAD_DIM and keys in _sm90.BWD_KEYS and hasattr(_cuda.ops, "attention_bwd")
+
+
+def _made_backward(step: Any, qkv: Tensor, attended: Tensor, softmax: Tensor) -> tuple[Any, ...]:
+    from ..kernels import _launch, attention, attention_few  # type: ignore[attr-defined]
+
+    if not _launch.REPLAYED or qkv.shape[1] <= attention_few.MOST_QUERIES:
+        return ()
+    return attention.made_packed_bwd(attended, qkv, attended, softmax, step.num_heads, step.scale)

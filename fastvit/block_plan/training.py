@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import dispatch, ops
 from ..block_parts import BlockParts, row_scale
 from ..ops import _contract, _register
-from . import cpp
+from . import cpp, hopper
 from .plan import Later, Plan, empty_heads, parameters
 
 _CAST = (2, 3, 4, 5, 9, 10, 11, 12)  # of ``parameters``, what autocast casts: weights and biases of the linear layers
@@ -140,6 +140,10 @@ def _backward(
     step: Step, dout: Tensor, x: Tensor, saved: Any, row_scales: Any, weights: Any, wants: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x and of all parameters, by the backwards of the four ops. Autocast's PyTorch casts back."""
+    if _is_whole(row_scales, weights, wants):
+        grads = hopper.backward(step, dout, x, saved, weights)
+        if grads is not None:
+            return grads
     mean1, rstd1, qkv, attended, softmax, middle, mean2, rstd2, h = saved
     (norm_weight, norm_bias, *qkv_linear), projection, scale1, mlp, scale2 = _split(weights)
     (linear_by, attention_by, residual_by, mlp_by), run = step.backends, _register.IMPLS
@@ -157,6 +161,18 @@ def _backward(
     dqkv = run["attention_packed_bwd"](dattended, qkv, *heads)
     branch = (mean1, rstd1, norm_weight, norm_bias, *qkv_linear, dmiddle, first, step.eps1, linear_by)
     return (*run["layernorm_linear_bwd"](dqkv, x, *branch), *projection_grads, *mlp_grads)
+
+
+def _is_whole(row_scales: Any, weights: Any, wants: tuple[bool, ...]) -> bool:
+    """Whether every gradient is wanted of a block with norms' parameters, without LayerScale or DropPath."""
+    if row_scales[0] is not None or row_scales[1] is not None or not all(wants[at] for at in _WHOLE):
+        return False
+    return all(want == (weight is not None) for want, weight in zip(wants[1:], weights, strict=True)) and not (
+        wants[7] or wants[14]
+    )
+
+
+_WHOLE = (0, 1, 2, 8, 9)  # x, and the norms' weights and biases
 
 
 def _split(weights: Any) -> tuple[Any, ...]:

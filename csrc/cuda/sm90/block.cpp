@@ -3,10 +3,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstring>
 
-#include "cuda/compiled_kernel.h"
 #include "cuda/sm90/attention.h"
+#include "cuda/sm90/plan.h"
 #include "cuda/sm90/products.h"
 
 namespace fastvit::sm90 {
@@ -39,15 +38,6 @@ struct Linear {
   int64_t cols, depth;
   Tile tile;
 };
-
-BlockPlan read_plan(const Checks& checks, const Tensor& plan) {
-  BlockPlan read;
-  checks.expect(plan.is_cpu() && plan.numel() == int64_t(sizeof read) && plan.is_contiguous(), [&] {
-    return "plan has " + std::to_string(plan.numel()) + " bytes, expected " + std::to_string(sizeof read);
-  });
-  std::memcpy(&read, plan.data_ptr(), sizeof read);
-  return read;
-}
 
 // x (B, N, E) as (B * N, E), where its strides allow.
 Matrix rows_of(const Checks& checks, const Tensor& x, const BlockPlan& plan) {
@@ -222,7 +212,7 @@ MaybeTensor block(Tensor x, MaybeTensor norm1_weight, MaybeTensor norm1_bias, Te
                   MaybeTensor norm2_bias, Tensor fc1_weight, MaybeTensor fc1_bias, Tensor fc2_weight,
                   MaybeTensor fc2_bias, MaybeTensor layer_scale2, Tensor plan) try {
   const Checks checks("block", "x", x);
-  const BlockPlan p = read_plan(checks, plan);
+  const BlockPlan p = read_plan<BlockPlan>(checks, plan);
   const DType dtype = checks.dtype("qkv_weight", qkv_weight.scalar_type());
   const int64_t width = p.width, attended = p.attended, hidden = p.hidden;
   const Parts parts{norm(checks, norm1_weight, norm1_bias, width, p.eps1, dtype),

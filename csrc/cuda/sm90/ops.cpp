@@ -7,6 +7,38 @@
 #include "cuda/sm90/products.h"
 
 namespace fastvit::sm90 {
+
+std::tuple<Tensor, Tensor, Tensor> linear_act_grad(Tensor dy, Tensor weight, Tensor h, std::string act, bool want_a,
+                                                   std::optional<ScalarType> sums, std::string tile) {
+  const Checks checks("linear_act_grad", "dy", dy);
+  LinearActGrad p{};
+  p.dy = checks.matrix("dy", dy);
+  p.rows = dy.size(0), p.depth = dy.size(1), p.cols = weight.dim() == 2 ? weight.size(1) : 0;
+  p.dy = tma(checks, "dy", p.dy, p.depth, p.dy.dtype);
+  p.weight = tma(checks, "weight", checks.matrix("weight", weight, p.depth, p.cols, "dy"), p.cols, p.dy.dtype);
+  p.h = tma(checks, "h", checks.matrix("h", h, p.rows, p.cols, "dy and weight"), p.cols, p.dy.dtype);
+  p.act = activation(checks, act);
+  p.tile = tile_of(checks, tile);
+  const DType kind = sums ? checks.dtype("sums", *sums) : DType::kFloat32;
+  const OnDevice device(dy);
+  p.device = dy.get_device_index();
+  Tensor dh = empty(dy, {p.rows, p.cols}, dy.scalar_type());
+  Tensor a = want_a ? empty(dy, {p.rows, p.cols}, dy.scalar_type()) : nothing(dy);
+  p.dh = checks.matrix("dh", dh);
+  if (want_a) p.a = checks.matrix("a", a);
+  const TileSize size = kLinearActGradTiles[int(p.tile)];
+  const int64_t tile_rows = size.rows, tile_cols = size.cols;
+  const Pass pass{p.rows, p.cols, int((p.rows + tile_rows - 1) / tile_rows), nullptr};
+  const int64_t stride = (p.cols + tile_cols - 1) / tile_cols * tile_cols;
+  Tensor partials = sums ? empty(dy, {pass.groups, stride}, ScalarType::Float) : nothing(dy);
+  if (sums) p.partials = static_cast<float*>(partials.data_ptr());
+  if (p.rows > 0 && p.cols > 0) run("linear_act_grad", p, device.stream());
+  if (!sums) return {dh, a, nothing(dy)};
+  Pass summed = pass;
+  summed.partials = p.partials;
+  return {dh, a, finish_sums("linear_act_grad", partials, summed, *sums, kind, device, stride)};
+}
+
 namespace {
 
 std::tuple<Tensor, Tensor> linear_act(Tensor x, Tensor weight, MaybeTensor bias, std::string act, bool save,
@@ -53,37 +85,6 @@ Tensor linear_residual(Tensor x, Tensor weight, MaybeTensor bias, Tensor residua
   if (p.rows == 0 || p.cols == 0) return y;
   run("linear_residual", p, device.stream());
   return y;
-}
-
-std::tuple<Tensor, Tensor, Tensor> linear_act_grad(Tensor dy, Tensor weight, Tensor h, std::string act, bool want_a,
-                                                   std::optional<ScalarType> sums, std::string tile) {
-  const Checks checks("linear_act_grad", "dy", dy);
-  LinearActGrad p{};
-  p.dy = checks.matrix("dy", dy);
-  p.rows = dy.size(0), p.depth = dy.size(1), p.cols = weight.dim() == 2 ? weight.size(1) : 0;
-  p.dy = tma(checks, "dy", p.dy, p.depth, p.dy.dtype);
-  p.weight = tma(checks, "weight", checks.matrix("weight", weight, p.depth, p.cols, "dy"), p.cols, p.dy.dtype);
-  p.h = tma(checks, "h", checks.matrix("h", h, p.rows, p.cols, "dy and weight"), p.cols, p.dy.dtype);
-  p.act = activation(checks, act);
-  p.tile = tile_of(checks, tile);
-  const DType kind = sums ? checks.dtype("sums", *sums) : DType::kFloat32;
-  const OnDevice device(dy);
-  p.device = dy.get_device_index();
-  Tensor dh = empty(dy, {p.rows, p.cols}, dy.scalar_type());
-  Tensor a = want_a ? empty(dy, {p.rows, p.cols}, dy.scalar_type()) : nothing(dy);
-  p.dh = checks.matrix("dh", dh);
-  if (want_a) p.a = checks.matrix("a", a);
-  const TileSize size = kLinearActGradTiles[int(p.tile)];
-  const int64_t tile_rows = size.rows, tile_cols = size.cols;
-  const Pass pass{p.rows, p.cols, int((p.rows + tile_rows - 1) / tile_rows), nullptr};
-  const int64_t stride = (p.cols + tile_cols - 1) / tile_cols * tile_cols;
-  Tensor partials = sums ? empty(dy, {pass.groups, stride}, ScalarType::Float) : nothing(dy);
-  if (sums) p.partials = static_cast<float*>(partials.data_ptr());
-  if (p.rows > 0 && p.cols > 0) run("linear_act_grad", p, device.stream());
-  if (!sums) return {dh, a, nothing(dy)};
-  Pass summed = pass;
-  summed.partials = p.partials;
-  return {dh, a, finish_sums("linear_act_grad", partials, summed, *sums, kind, device, stride)};
 }
 
 // Several of the above in one call: with a small batch the host's way to an op takes longer than its kernel runs.

@@ -1,6 +1,8 @@
 // What the glue of Hopper's products shares: what TMA asks of a matrix, and the launch of the right kernel.
 #pragma once
 
+#include <tuple>
+
 #include "cuda/glue.h"
 #include "cuda/sm90/gemm.h"
 
@@ -62,5 +64,9 @@ inline void run(const char* op, const LinearActGrad& p, cudaStream_t stream) {
   check_launch(op, with_tile(p.dy.dtype, p.tile,
                              [&]<DType DTYPE, Tile TILE>() { return launch_linear_act_grad<DTYPE, TILE>(p, stream); }));
 }
+
+// An op of ops.cpp that others are made of: (dh, act(h) once more, column sums of dh)
+std::tuple<Tensor, Tensor, Tensor> linear_act_grad(Tensor dy, Tensor weight, Tensor h, std::string act, bool want_a,
+                                                   std::optional<ScalarType> sums, std::string tile);
 
 }  // namespace fastvit::sm90
