@@ -312,3 +312,11 @@ def test_the_op_itself_refuses_what_does_not_fit():
     )
     with pytest.raises(ValueError, match=r"block: qkv_weight has shape .*, expected \(3 H D, E\) for H = 7 heads"):
         C.block_fwd(x, *given, 7, *settings[1:])
+
+
+def test_an_input_that_could_have_a_gradient(planned):
+    made, x = block(F32), tokens(F32).requires_grad_()
+    for _ in range(3):
+        assert_as_by_ops(made, x)
+        assert_as_by_ops(of_class_token(made), x)
+    assert planned == [True] * 4

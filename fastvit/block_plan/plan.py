@@ -80,5 +80,5 @@ def op_calls(parts: BlockParts, x: Tensor, memory: str, class_token: bool) -> li
     residual = x[:, :1] if class_token else x
     attended = heads[0].new_empty(*residual.shape[:2], parts.qkv[0].shape[0] // 3)
     calls.append(("linear_residual", (attended, *parts.proj, residual, parts.gamma1, None)))
-    mlp = (residual, *parts.mlp, parts.gamma2, None, parts.act, parts.eps2, True, memory)
+    mlp = (residual.detach(), *parts.mlp, parts.gamma2, None, parts.act, parts.eps2, True, memory)
     return [*calls, ("layernorm_mlp", mlp)]
