@@ -73,7 +73,7 @@ def cuda_path() -> Iterator[None]:
             (_launch, "_kept", {}),
             (block_plan, "_is_on_gpu", lambda x: True),
             (block_plan, "_plans", {}),
-            (block_plan.hopper, "_backwards", {}),
+            (block_plan.hopper, "_packed", {}),
             *((op, "_settled", {}) for op in OPS.values()),  # a verdict found here does not outlive it
         ):
             stack.enter_context(mock.patch.object(target, name, value))

@@ -148,7 +148,7 @@ def hopper():
             (_launch, "_kept", {}),
             (block_plan, "_is_on_gpu", lambda x: True),
             (block_plan, "_plans", {}),
-            (block_plan.hopper, "_backwards", {}),
+            (block_plan.hopper, "_packed", {}),
             *((op, "_settled", {}) for op in OPS.values()),
         ):
             stack.enter_context(mock.patch.object(target, name, value))

@@ -39,7 +39,7 @@ def planned(device, monkeypatch):
             stack.enter_context(hopper())
             stand_in(stack.enter_context(pytest.MonkeyPatch.context()), cuda_on_cpu.library)
         monkeypatch.setattr(block_plan, "_plans", {})
-        monkeypatch.setattr(block_plan.hopper, "_backwards", {})
+        monkeypatch.setattr(block_plan.hopper, "_packed", {})
         monkeypatch.setattr(_launch, "_kept", {})
         yield runs_of_plans(monkeypatch)
 

@@ -52,20 +52,29 @@ def nodes(way, monkeypatch):
     return ran
 
 
+def _counted(monkeypatch, name):
+    ran, call = [], getattr(block_plan.hopper, name)
+
+    def counted(*args):
+        found = call(*args)
+        ran.append(found is not None)
+        return found
+
+    monkeypatch.setattr(block_plan.hopper, name, counted)
+    return ran
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """For each backward that might be one call of Hopper's: whether it was."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    ran, backward = [], block_plan.hopper.backward
-
-    def counted(*args):
-        grads = backward(*args)
-        ran.append(grads is not None)
-        return grads
-
     with _on_hopper(monkeypatch):
-        monkeypatch.setattr(block_plan.hopper, "backward", counted)
-        yield ran
+        yield _counted(monkeypatch, "backward")
+
+
+@pytest.fixture
+def forwards(monkeypatch, calls):
+    """The same of forwards."""
+    return _counted(monkeypatch, "forward")
 
 
 def step(made, x, seed=3):
@@ -390,13 +399,13 @@ def test_no_gradient_comes_back(nodes):
 
 @pytest.mark.parametrize("stream", [BF16, F16, F32], ids=str)
 @pytest.mark.parametrize("options", ["plain", "no biases", "tanh", "quick", "wide MLP"])
-def test_hoppers_backward_in_one_call(options, stream, calls):
+def test_hoppers_step_in_two_calls(options, stream, calls, forwards):
     made, x = block(F16 if stream == F16 else BF16, **OPTIONS[options]), wanting(stream)
     for _ in range(2):
         assert_same_step(made, x)
-    assert calls == [True]
+    assert calls == forwards == [True]
     assert_same_step(made, x.flip(0).detach().requires_grad_())
-    assert calls == [True, True]
+    assert calls == forwards == [True, True]
 
 
 def test_hoppers_backward_takes_the_launches_of_the_first_one(calls):
@@ -407,12 +416,30 @@ def test_hoppers_backward_takes_the_launches_of_the_first_one(calls):
     assert all(torch.equal(*pair) for pair in zip(*(each.values() for each in grads), strict=True))
 
 
-def test_hoppers_backward_under_autocast(calls):
+def test_hoppers_step_under_autocast(calls, forwards):
     made, x = block(F32), wanting(F32)
     with torch.autocast("cpu", dtype=BF16):
         for _ in range(3):
             assert_same_step(made, x)
-    assert calls == [True, True]
+    assert calls == forwards == [True, True]
+
+
+@pytest.mark.parametrize("options", ["layer scale", "drop path"])
+def test_hoppers_forward_alone(options, calls, forwards):
+    made, x = block(BF16, **MORE[options]).train(), wanting()
+    for _ in range(3):
+        assert_same_step(made, x)
+    assert calls == []
+    assert forwards == ([True, True] if options == "layer scale" else [])
+
+
+def test_hoppers_forward_of_frozen_parts(calls, forwards):
+    made, x = block(BF16), wanting()
+    made.attn.qkv.requires_grad_(False)
+    for _ in range(3):
+        assert_same_step(made, x)
+    assert calls == []
+    assert forwards == [True, True]
 
 
 @pytest.mark.parametrize("tile", ["large", "small"])
@@ -424,17 +451,18 @@ def test_the_tile_of_the_largest_product(tile, calls, monkeypatch):
     assert calls == [True]
 
 
-def test_a_tail_of_parameters_that_hoppers_backward_does_not_take(calls):
+def test_parameters_that_hoppers_calls_do_not_take(calls, forwards):
     made, x = block(BF16), wanting()
     for _ in range(3):
         step(made, x)
-    del calls[:]
+    del calls[:], forwards[:]
     made.norm1.float()  # both of its parameters: float32 beside 16 bits is fine
     for _ in range(3):
         assert_same_step(made, x)
     made.mlp.fc2.weight = nn.Parameter(made.mlp.fc2.weight.detach().t().contiguous().t())
     assert_same_step(made, x)
     assert calls == [True, True, False]
+    assert forwards == [True, True, False]
 
 
 def test_gradients_of_other_layouts_go_by_the_ops(calls):

@@ -1,10 +1,11 @@
 """Plans for Hopper: csrc/cuda/sm90/block.cpp launches a block's kernels, attention as Triton compiled it or its own.
 
-And block_bwd.cpp those of a training step's backward.
+In training it also returns what the backward reads, which block_bwd.cpp does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -102,16 +103,66 @@ def _pack(parts: BlockParts, x: Tensor, class_token: bool, launch: Any) -> Tenso
     return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
 
 
-class Backward(NamedTuple):
+class _Packed(NamedTuple):
     plan: Tensor
-    """A BlockBwdPlan."""
+    """A BlockPlan, or a BlockBwdPlan."""
     launches: tuple[Any, ...]
     """Kept, so that their binaries stay loaded."""
+
+    def is_watched(self) -> bool:
+        return any(launch.is_watched() for launch in self.launches)
 
 
 _MOST_KEPT = 1024
 _UNKNOWN: Any = object()
-_backwards: dict[tuple, Backward | None] = {}
+_packed: dict[tuple, _Packed | None] = {}
+
+
+def _keep(key: tuple, found: _Packed | None) -> _Packed | None:
+    if len(_packed) >= _MOST_KEPT:
+        _packed.clear()
+    _packed[key] = found
+    return found
+
+
+def forward(step: Any, x: Tensor, weights: Any) -> Sequence[Tensor] | None:
+    """What training.py's ``_forward`` returns, in one call; None where it takes the ops' forwards.
+
+    step, weights  what training.py knows of the block; without DropPath
+    """
+    qkv_weight, fc1_weight = weights[2], weights[9]
+    key = (step, x.shape, x.dtype, x.device, qkv_weight.shape, qkv_weight.dtype, fc1_weight.shape)
+    found = _packed.get(key, _UNKNOWN)
+    if found is _UNKNOWN:
+        found = _find_forward(key, step, x, weights)
+    if found is None or found.is_watched():
+        return None
+    return _cuda.ops.block_saving(x, *weights, found.plan) or None
+
+
+def _find_forward(key: tuple, step: Any, x: Tensor, weights: Any) -> _Packed | None:
+    parts = BlockParts(
+        norm1=weights[:2], eps1=step.eps1, qkv=weights[2:4], heads=(step.num_heads, 0.0, step.scale), head_norms={},
+        proj=weights[4:6], gamma1=weights[6], drop_path1=None, mlp=weights[7:13], eps2=step.eps2, act=step.act,
+        gamma2=weights[13], drop_path2=None,
+    )  # fmt: skip
+    fits = step.memory == "default" and _runs_what_is_here(step, weights[2]) and _may_have_plan(parts, x)
+    if fits and step.backends[1] == "cuda":
+        return _keep(key, _Packed(_pack(parts, x, False, None), ()))
+    try:
+        launch = _made_launch(parts, x, False) if fits else None
+    except Later:
+        return None
+    return _keep(key, None if launch is None else _Packed(_pack(parts, x, False, launch), (launch,)))
+
+
+def _runs_what_is_here(step: Any, weight: Tensor) -> bool:
+    """Whether the ops would run the kernels that block.cpp and block_bwd.cpp launch."""
+    linear_by, attention_by, residual_by, mlp_by = step.backends
+    if (linear_by, residual_by, mlp_by) != ("cuda",) * 3 or attention_by not in ("cuda", "triton"):
+        return False
+    is_there = hasattr(_cuda.ops, "block_bwd") and weight.dtype in _sm90.NAMES
+    return is_there and not _sm90.why_not_built(_cuda.ops, weight.device.index or 0)
 
 
 def backward(step: Any, dout: Tensor, x: Tensor, saved: Any, weights: Any) -> tuple[Tensor | None, ...] | None:
@@ -119,13 +170,13 @@ def backward(step: Any, dout: Tensor, x: Tensor, saved: Any, weights: Any) -> tu
 
     step            what training.py knows of the block, as is all that follows
     """
-    _, _, qkv, attended, softmax, *_, h = saved
+    _, _, qkv, attended, softmax, *_ = saved
     biases = tuple(weights[at] is not None for at in _BIASES)
-    key = (step, biases, x.shape, qkv.shape, h.shape, qkv.dtype, x.device, _tiles.ACT_GRAD)
-    found = _backwards.get(key, _UNKNOWN)
+    key = (step, biases, qkv.shape, qkv.dtype, qkv.device, _tiles.ACT_GRAD)
+    found = _packed.get(key, _UNKNOWN)
     if found is _UNKNOWN:
-        found = _find_backward(key, step, biases, qkv, attended, softmax, h)
-    if found is None or any(launch.is_watched() for launch in found.launches):
+        found = _find_backward(key, step, biases, qkv, attended, softmax)
+    if found is None or found.is_watched():
         return None
     (
         norm1_weight,
@@ -151,33 +202,20 @@ _BIASES = (3, 5, 10, 12)  # of a block's parameters, those of its linear layers
 
 
 def _find_backward(
-    key: tuple, step: Any, biases: tuple[bool, ...], qkv: Tensor, attended: Tensor, softmax: Tensor, h: Tensor
-) -> Backward | None:
-    found = None
-    if _may_have_backward(step, qkv, h):
-        by_triton = not (step.backends[1] == "cuda" and _has_own_backward(step, qkv))
-        launches = _made_backward(step, qkv, attended, softmax) if by_triton else ()
-        if by_triton and not launches:
-            return None  # not yet: the first backward, by the ops, compiles and launches them
-        if all(launch.is_packable() for launch in launches):
-            kinds = (_ACTIVATIONS.index(step.act), _TILES.index(_tiles.ACT_GRAD), by_triton, *biases)
-            packed = _BWD_LAYOUT.pack(qkv.shape[0], qkv.shape[1], step.num_heads, step.scale, *kinds)
-            packed += b"".join(launch.packed() for launch in launches) or bytes(2 * _COMPILED)
-            found = Backward(torch.frombuffer(bytearray(packed), dtype=torch.uint8), launches)
-    if len(_backwards) >= _MOST_KEPT:
-        _backwards.clear()
-    _backwards[key] = found
-    return found
-
-
-def _may_have_backward(step: Any, qkv: Tensor, h: Tensor) -> bool:
-    """Whether the ops' backwards would run what block_bwd.cpp does."""
-    linear_by, attention_by, residual_by, mlp_by = step.backends
-    if (linear_by, residual_by, mlp_by) != ("cuda",) * 3 or attention_by not in ("cuda", "triton"):
-        return False
-    if qkv.dtype not in _sm90.NAMES or h.numel() == 0 or not hasattr(_cuda.ops, "block_bwd"):
-        return False
-    return not _sm90.why_not_built(_cuda.ops, qkv.device.index or 0)
+    key: tuple, step: Any, biases: tuple[bool, ...], qkv: Tensor, attended: Tensor, softmax: Tensor
+) -> _Packed | None:
+    if step.memory != "default" or not _runs_what_is_here(step, qkv):
+        return _keep(key, None)
+    by_triton = not (step.backends[1] == "cuda" and _has_own_backward(step, qkv))
+    launches = _made_backward(step, qkv, attended, softmax) if by_triton else ()
+    if by_triton and not launches:
+        return None  # not yet: the first backward, by the ops, compiles and launches them
+    if not all(launch.is_packable() for launch in launches):
+        return _keep(key, None)
+    kinds = (_ACTIVATIONS.index(step.act), _TILES.index(_tiles.ACT_GRAD), by_triton, *biases)
+    packed = _BWD_LAYOUT.pack(qkv.shape[0], qkv.shape[1], step.num_heads, step.scale, *kinds)
+    packed += b"".join(launch.packed() for launch in launches) or bytes(2 * _COMPILED)
+    return _keep(key, _Packed(torch.frombuffer(bytearray(packed), dtype=torch.uint8), launches))
 
 
 def _has_own_backward(step: Any, qkv: Tensor) -> bool:

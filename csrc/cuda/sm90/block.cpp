@@ -1,8 +1,9 @@
-// Glue: a transformer block's inference in one call. With a small batch the host's way to an op takes longer than its
-// kernel runs; here it is gone once a block, with two allocations. fastvit/block_plan makes the plan.
+// Glue: a transformer block in one call. With a small batch the host's way to an op takes longer than its kernel runs;
+// here it is gone once a block, in inference with two allocations. fastvit/block_plan makes the plan.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "cuda/sm90/attention.h"
 #include "cuda/sm90/plan.h"
@@ -110,24 +111,28 @@ Linear outputs(const Linear& all, int64_t first, int64_t count, Tile tile) {
   return part;
 }
 
+struct Statistics {
+  float *mean, *rstd;
+};
+
 // The kernels of one block, on one stream.
 struct Run {
   const BlockPlan& plan;
   cudaStream_t stream;
   int device;
-  float* statistics;  // of a LayerNorm, which nobody reads
 
-  void layernorm(int64_t rows, const Matrix& x, const Norm& norm, const Matrix& y) const {
+  void layernorm(int64_t rows, const Matrix& x, const Norm& norm, const Matrix& y, const Statistics& of) const {
     LayerNormFwd p{};
     p.x = x, p.y = y, p.weight = norm.weight, p.bias = norm.bias;
-    p.mean = statistics, p.rstd = statistics + rows;
+    p.mean = of.mean, p.rstd = of.rstd;
     p.rows = rows, p.cols = int(plan.width), p.eps = norm.eps;
     check_launch("block", launch_layernorm_fwd(p, stream));
   }
 
-  void linear_act(int64_t rows, const Matrix& x, const Linear& linear, Activation act, const Matrix& y) const {
+  void linear_act(int64_t rows, const Matrix& x, const Linear& linear, Activation act, const Matrix& y,
+                  const Matrix& h = {}) const {
     LinearAct p{};
-    p.x = x, p.weight = linear.weight, p.bias = linear.bias, p.y = y, p.act = act;
+    p.x = x, p.weight = linear.weight, p.bias = linear.bias, p.h = h, p.y = y, p.act = act;
     p.rows = rows, p.cols = linear.cols, p.depth = linear.depth, p.tile = linear.tile, p.device = device;
     run("block", p, stream);
   }
@@ -181,29 +186,88 @@ Tensor run_block(const Checks& checks, const BlockPlan& plan, const Tensor& x, c
   const Matrix merged{q + q_bytes + kv_bytes, attended, dtype}, a{q, plan.hidden, dtype};
   const Matrix middle{workspace.take(middle_bytes), plan.width, input.dtype};
   const Matrix result{out.data_ptr(), plan.width, input.dtype}, normed{out.data_ptr(), plan.width, dtype};
-  const Run run{plan, device.stream(), x.get_device_index(), reinterpret_cast<float*>(workspace.take(norm_bytes))};
+  const Run run{plan, device.stream(), x.get_device_index()};
+  float* const means = reinterpret_cast<float*>(workspace.take(norm_bytes));
+  const Statistics unread{means, means + rows};
   float* const saved = reinterpret_cast<float*>(workspace.take(saved_bytes));
 
   Matrix residual = input;
   if (plan.class_token) {
     const Matrix all{workspace.take(normed_bytes), plan.width, dtype};
     const Matrix first{all.data, plan.tokens * all.stride, dtype};
-    run.layernorm(rows, input, parts.norm1, all);
+    run.layernorm(rows, input, parts.norm1, all, unread);
     run.linear_act(kept, first, outputs(parts.qkv, 0, attended, plan.query), Activation::kNone, {q, attended, dtype});
     run.linear_act(rows, all, outputs(parts.qkv, attended, 2 * attended, plan.packed), Activation::kNone,
                    {q + q_bytes, 2 * attended, dtype});
     run.attend(q, q + q_bytes, static_cast<char*>(merged.data), saved, dtype);
     residual.stride *= plan.tokens;
   } else {
-    run.layernorm(rows, input, parts.norm1, normed);
+    run.layernorm(rows, input, parts.norm1, normed, unread);
     run.linear_act(rows, normed, parts.qkv, Activation::kNone, {q, 3 * attended, dtype});
     run.attend(q, q + 2 * attended, static_cast<char*>(merged.data), saved, dtype);
   }
   run.linear_residual(kept, merged, parts.proj, residual, middle);
-  run.layernorm(kept, middle, parts.norm2, normed);
+  run.layernorm(kept, middle, parts.norm2, normed, unread);
   run.linear_act(kept, normed, parts.fc1, plan.act, a);
   run.linear_residual(kept, a, parts.fc2, middle, result);
   return out;
+}
+
+// The result, and what a backward reads: mean and rstd of norm1, qkv, the attention's result and its log-sum-exp, what
+// goes into the MLP, mean and rstd of norm2, fc1's result.
+std::vector<Tensor> run_block_saving(const Checks& checks, const BlockPlan& plan, const Tensor& x, const Parts& parts) {
+  const Matrix input = rows_of(checks, x, plan);
+  const DType dtype = parts.qkv.weight.dtype;
+  checks.fits("x", input.dtype, "weight", dtype);
+  checks.expect(!plan.class_token, [] { return std::string("the plan is the class token's"); });
+  const int64_t rows = plan.rows(), attended = plan.attended;
+  const ScalarType half = dtype == DType::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Half;
+
+  const OnDevice device(x);
+  const auto tokens = [&](int64_t width, ScalarType type) { return empty(x, {plan.batch, plan.tokens, width}, type); };
+  const auto row_numbers = [&] { return empty(x, {rows}, ScalarType::Float); };
+  const Tensor mean1 = row_numbers(), rstd1 = row_numbers(), mean2 = row_numbers(), rstd2 = row_numbers();
+  const Tensor qkv = tokens(3 * attended, half), merged = tokens(attended, half);
+  const Tensor lse = empty(x, {plan.batch, plan.heads, plan.tokens}, ScalarType::Float);
+  const Tensor middle = tokens(plan.width, x.scalar_type()), out = tokens(plan.width, x.scalar_type());
+  const Tensor h = empty(x, {rows, plan.hidden}, half), a = empty(x, {rows, plan.hidden}, half);
+
+  const auto floats = [](const Tensor& t) { return static_cast<float*>(t.data_ptr()); };
+  const Matrix mid{middle.data_ptr(), plan.width, input.dtype}, result{out.data_ptr(), plan.width, input.dtype};
+  const Matrix normed{out.data_ptr(), plan.width, dtype};  // until fc2 writes over it
+  const Matrix activated{a.data_ptr(), plan.hidden, dtype};
+  char* const q = static_cast<char*>(qkv.data_ptr());
+  const Run run{plan, device.stream(), x.get_device_index()};
+  run.layernorm(rows, input, parts.norm1, normed, {floats(mean1), floats(rstd1)});
+  run.linear_act(rows, normed, parts.qkv, Activation::kNone, {q, 3 * attended, dtype});
+  run.attend(q, q + 2 * attended, static_cast<char*>(merged.data_ptr()), floats(lse), dtype);
+  run.linear_residual(rows, {merged.data_ptr(), attended, dtype}, parts.proj, input, mid);
+  run.layernorm(rows, mid, parts.norm2, normed, {floats(mean2), floats(rstd2)});
+  run.linear_act(rows, normed, parts.fc1, plan.act, activated, {h.data_ptr(), plan.hidden, dtype});
+  run.linear_residual(rows, activated, parts.fc2, mid, result);
+  return {out, mean1, rstd1, qkv, merged, lse, middle, mean2, rstd2, h};
+}
+
+struct Weights {
+  const MaybeTensor &norm1_weight, &norm1_bias;
+  const Tensor& qkv_weight;
+  const MaybeTensor& qkv_bias;
+  const Tensor& proj_weight;
+  const MaybeTensor &proj_bias, &layer_scale1, &norm2_weight, &norm2_bias;
+  const Tensor& fc1_weight;
+  const MaybeTensor& fc1_bias;
+  const Tensor& fc2_weight;
+  const MaybeTensor &fc2_bias, &layer_scale2;
+};
+
+Parts read_parts(const Checks& checks, const BlockPlan& p, const Weights& w) {
+  const DType dtype = checks.dtype("qkv_weight", w.qkv_weight.scalar_type());
+  return {norm(checks, w.norm1_weight, w.norm1_bias, p.width, p.eps1, dtype),
+          linear(checks, w.qkv_weight, w.qkv_bias, {}, 3 * p.attended, p.width, p.packed, dtype),
+          linear(checks, w.proj_weight, w.proj_bias, w.layer_scale1, p.width, p.attended, p.proj, dtype),
+          norm(checks, w.norm2_weight, w.norm2_bias, p.width, p.eps2, dtype),
+          linear(checks, w.fc1_weight, w.fc1_bias, {}, p.hidden, p.width, p.fc1, dtype),
+          linear(checks, w.fc2_weight, w.fc2_bias, w.layer_scale2, p.width, p.hidden, p.fc2, dtype)};
 }
 
 // The block's result, (B, N, E) or (B, 1, E); nothing where an argument is not as the plan and the kernels want it.
@@ -213,15 +277,27 @@ MaybeTensor block(Tensor x, MaybeTensor norm1_weight, MaybeTensor norm1_bias, Te
                   MaybeTensor fc2_bias, MaybeTensor layer_scale2, Tensor plan) try {
   const Checks checks("block", "x", x);
   const BlockPlan p = read_plan<BlockPlan>(checks, plan);
-  const DType dtype = checks.dtype("qkv_weight", qkv_weight.scalar_type());
-  const int64_t width = p.width, attended = p.attended, hidden = p.hidden;
-  const Parts parts{norm(checks, norm1_weight, norm1_bias, width, p.eps1, dtype),
-                    linear(checks, qkv_weight, qkv_bias, {}, 3 * attended, width, p.packed, dtype),
-                    linear(checks, proj_weight, proj_bias, layer_scale1, width, attended, p.proj, dtype),
-                    norm(checks, norm2_weight, norm2_bias, width, p.eps2, dtype),
-                    linear(checks, fc1_weight, fc1_bias, {}, hidden, width, p.fc1, dtype),
-                    linear(checks, fc2_weight, fc2_bias, layer_scale2, width, hidden, p.fc2, dtype)};
-  return run_block(checks, p, x, parts);
+  return run_block(checks, p, x,
+                   read_parts(checks, p,
+                              {norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale1,
+                               norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale2}));
+} catch (const Misfit&) {
+  return {};
+}
+
+// The same with what a backward reads, see run_block_saving; an empty list for nothing.
+std::vector<Tensor> block_saving(Tensor x, MaybeTensor norm1_weight, MaybeTensor norm1_bias, Tensor qkv_weight,
+                                 MaybeTensor qkv_bias, Tensor proj_weight, MaybeTensor proj_bias,
+                                 MaybeTensor layer_scale1, MaybeTensor norm2_weight, MaybeTensor norm2_bias,
+                                 Tensor fc1_weight, MaybeTensor fc1_bias, Tensor fc2_weight, MaybeTensor fc2_bias,
+                                 MaybeTensor layer_scale2, Tensor plan) try {
+  const Checks checks("block", "x", x);
+  const BlockPlan p = read_plan<BlockPlan>(checks, plan);
+  return run_block_saving(
+      checks, p, x,
+      read_parts(checks, p,
+                 {norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale1, norm2_weight,
+                  norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale2}));
 } catch (const Misfit&) {
   return {};
 }
@@ -230,11 +306,15 @@ MaybeTensor block(Tensor x, MaybeTensor norm1_weight, MaybeTensor norm1_bias, Te
 }  // namespace fastvit::sm90
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvit_cuda, m) {
-  m.def(
-      "block(Tensor x, Tensor? norm1_weight, Tensor? norm1_bias, Tensor qkv_weight, Tensor? qkv_bias,"
-      " Tensor proj_weight, Tensor? proj_bias, Tensor? layer_scale1, Tensor? norm2_weight, Tensor? norm2_bias,"
-      " Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale2, Tensor plan)"
-      " -> Tensor?");
+#define FASTVIT_BLOCK                                                                                             \
+  "(Tensor x, Tensor? norm1_weight, Tensor? norm1_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight," \
+  " Tensor? proj_bias, Tensor? layer_scale1, Tensor? norm2_weight, Tensor? norm2_bias, Tensor fc1_weight,"        \
+  " Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale2, Tensor plan)"
+  m.def("block" FASTVIT_BLOCK " -> Tensor?");
+  m.def("block_saving" FASTVIT_BLOCK " -> Tensor[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CUDA, m) { m.impl("block", TORCH_BOX(&fastvit::sm90::block)); }
+STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CUDA, m) {
+  m.impl("block", TORCH_BOX(&fastvit::sm90::block));
+  m.impl("block_saving", TORCH_BOX(&fastvit::sm90::block_saving));
+}
