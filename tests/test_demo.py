@@ -108,6 +108,23 @@ def test_without_the_network_and_without_offline_something_is_missing(tmp_path, 
     assert list(out.iterdir()) == []
 
 
+def test_the_certificate_alone_needs_no_cifar(tmp_path, fetched, monkeypatch):
+    monkeypatch.setattr(data, "cifar10", lambda *_, **__: pytest.fail("CIFAR-10 was asked for"))
+    code, out = run_demo(tmp_path, "--certificate-only")
+    result = json.loads((out / "demo.json").read_text())
+    assert code == FINE
+    assert result["passed"] is result["certificate"]["passed"] is True
+    assert result["weights"].startswith("trained")
+    assert result.keys() == {"machine", "weights", "stock", "left_out", "certificate", "passed"}
+    assert [path.name for path in out.iterdir()] == ["demo.json"]
+
+
+def test_a_missed_certificate_alone_is_a_failure(tmp_path, fetched, monkeypatch):
+    monkeypatch.setattr(demo.parity, "parity_report", lambda *_, **__: {"passed": False, "rows": [], "machine": {}})
+    monkeypatch.setattr(demo, "certificate", lambda result: "missed")
+    assert run_demo(tmp_path, "--certificate-only")[0] == MISSED
+
+
 def test_the_whole_demo_on_stand_ins(tmp_path, fetched):
     code, out = run_demo(tmp_path)
     result = json.loads((out / "demo.json").read_text())
