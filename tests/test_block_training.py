@@ -103,6 +103,16 @@ def wanting(dtype=BF16):
     return tokens(dtype).requires_grad_()
 
 
+class Around:
+    """Another call of a block, with its parameters."""
+
+    def __init__(self, made, call):
+        self.call, self.zero_grad, self.named_parameters = call, made.zero_grad, made.named_parameters
+
+    def __call__(self, x):
+        return self.call(x)
+
+
 MORE = OPTIONS | {"drop path": {"drop_path": 0.4}, "both scales": {"drop_path": 0.4, "init_values": 0.3}}
 
 
@@ -121,22 +131,53 @@ def test_the_bits_of_the_ops(options, dtype, way, nodes):
     assert nodes == [1, 1]
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("options", MORE)
+def test_the_class_tokens_block(options, dtype, way, nodes):
+    if way == "hopper" and dtype == F32:
+        pytest.skip("Hopper's kernels take 16 bits")
+    made, x = block(dtype, **MORE[options]).train(), wanting(dtype)
+    token = Around(made, lambda given: fused.class_token_block_forward(made, given))
+    step(token, x)
+    found = assert_same_step(token, x)
+    assert found["out"].shape == (2, 1, WIDTH)
+    assert all(value is not None for value in found.values())
+    assert nodes == [1]
+    with torch.autocast("cpu", dtype=BF16):
+        for _ in range(2):
+            assert_same_step(token, x.detach().float().requires_grad_())
+
+
+@pytest.mark.parametrize("x_wants", [True, False])
+@pytest.mark.parametrize(
+    "name", ["norm1.weight", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.bias", "mlp.fc1.weight"]
+)
+def test_frozen_parameters_of_the_class_tokens_block(name, x_wants, nodes):
+    made, x = block(BF16), tokens(BF16).requires_grad_(x_wants)
+    token = Around(made, lambda given: fused.class_token_block_forward(made, given))
+    for other, parameter in made.named_parameters():
+        parameter.requires_grad_(other == name)
+    for _ in range(2):
+        assert_same_step(token, x)
+    assert nodes == ([] if name.startswith("mlp") and not x_wants else [1])
+
+
+def test_the_class_tokens_block_of_other_sizes(nodes):
+    made = block(BF16)
+    token = Around(made, lambda given: fused.class_token_block_forward(made, given))
+    for shape in ((1, 5), (3, 1), (2, 9), (0, 5)):
+        x = torch.randn(*shape, WIDTH).to(BF16).requires_grad_()
+        for _ in range(2):
+            assert_same_step(token, x)
+    assert nodes
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_a_float32_stream_beside_weights_in_16_bits(dtype, nodes):
     made, x = block(dtype), wanting(F32)
     for _ in range(2):
         assert_same_step(made, x)
     assert nodes == [1]
-
-
-class Around:
-    """Another call of a block, with its parameters."""
-
-    def __init__(self, made, call):
-        self.call, self.zero_grad, self.named_parameters = call, made.zero_grad, made.named_parameters
-
-    def __call__(self, x):
-        return self.call(x)
 
 
 def test_lean_memory(nodes):
@@ -236,19 +277,21 @@ def test_backward_outside_autocast(way, nodes):
     assert nodes == [1]
 
 
+@pytest.mark.parametrize("of", ["block", "class token"])
 @pytest.mark.parametrize("options", ["layer scale", "both scales"])
-def test_a_second_derivative(options, monkeypatch, nodes, way):
+def test_a_second_derivative(options, of, nodes, way):
     made, x = block(F32 if way == "cpp" else BF16, **MORE[options]).train(), wanting(F32 if way == "cpp" else BF16)
 
     def penalty(given):
         torch.manual_seed(3)
         made.zero_grad()
         given = given.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(made(given).square().sum(), given, create_graph=True)
+        (slope,) = torch.autograd.grad(call(given).square().sum(), given, create_graph=True)
         slope.square().sum().backward()
         return [slope.detach(), given.grad, *(p.grad for p in made.parameters())]
 
-    step(made, x)
+    call = made if of == "block" else Around(made, lambda given: fused.class_token_block_forward(made, given))
+    step(call, x)
     ours, expected = penalty(x), by_ops(penalty, x)
     assert nodes == [1]
     for mine, other in zip(ours, expected, strict=True):
@@ -367,7 +410,7 @@ def test_whole_models_train_alike(way, nodes):
     with stack:
         for _ in range(2):
             assert_same_step(model, images)
-    assert len(nodes) == 21  # the last block is run for its class token; the first one found the plan
+    assert len(nodes) == 10 + 12  # the first block of each kind is run by the ops in the first step
 
 
 def test_a_hook_on_a_part_is_called(nodes):

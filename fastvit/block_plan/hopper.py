@@ -126,9 +126,9 @@ def _keep(key: tuple, found: _Packed | None) -> _Packed | None:
 
 
 def forward(step: Any, x: Tensor, weights: Any) -> Sequence[Tensor] | None:
-    """What training.py's ``_forward`` returns, in one call; None where it takes the ops' forwards.
+    """What kernels.py's ``forward`` returns, in one call; None where it takes the ops' forwards.
 
-    step, weights  what training.py knows of the block; without DropPath
+    step, weights  what kernels.py knows of the block; without DropPath
     """
     qkv_weight, fc1_weight = weights[2], weights[9]
     key = (step, x.shape, x.dtype, x.device, qkv_weight.shape, qkv_weight.dtype, fc1_weight.shape)
@@ -168,7 +168,7 @@ def _runs_what_is_here(step: Any, weight: Tensor) -> bool:
 def backward(step: Any, dout: Tensor, x: Tensor, saved: Any, weights: Any) -> tuple[Tensor | None, ...] | None:
     """Every gradient of a block without LayerScale or DropPath in one call; None where it takes the ops' backwards.
 
-    step            what training.py knows of the block, as is all that follows
+    step            what kernels.py knows of the block, as is all that follows
     """
     _, _, qkv, attended, softmax, *_ = saved
     biases = tuple(weights[at] is not None for at in _BIASES)

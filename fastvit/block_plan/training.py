@@ -1,40 +1,25 @@
-"""A block's training in one autograd node: the four ops' kernels, one after another, forward and backward.
+"""A block's training in one autograd node: the ops' kernels (``kernels``), one after another, forward and backward.
 
 Each op by itself has a node of its own, checks of its own and a choice of its own, at every call; with a small batch a
-GPU waits for that. What is kept for the backward is what the four ops keep.
+GPU waits for that. What is kept for the backward is what the ops keep.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import dispatch, ops
 from ..block_parts import BlockParts, row_scale
-from ..ops import _contract, _register
-from . import cpp, hopper
-from .plan import Later, Plan, empty_heads, parameters
+from ..ops import _contract
+from . import cpp
+from .kernels import Step, backward, forward, split
+from .plan import Later, Plan, class_token_heads, class_token_linears, empty_heads, parameters
 
 _CAST = (2, 3, 4, 5, 9, 10, 11, 12)  # of ``parameters``, what autocast casts: weights and biases of the linear layers
 _HALF = 7  # of ``parameters``, those of the attention's branch
-
-
-class Step(NamedTuple):
-    """What is the same for all calls of one kind."""
-
-    num_heads: int
-    scale: float
-    eps1: float
-    eps2: float
-    act: str
-    memory: str
-    dtype: torch.dtype | None
-    """Autocast's."""
-    caches: tuple[bool, bool, bool]
-    """Whether packs of qkv's weight, the projection's and the MLP's are kept."""
-    backends: tuple[str, str, str, str]
 
 
 def key(parts: BlockParts, x: Tensor, memory: str, class_token: bool) -> tuple:
@@ -45,11 +30,11 @@ def key(parts: BlockParts, x: Tensor, memory: str, class_token: bool) -> tuple:
 
 def find_plan(parts: BlockParts, x: Tensor, memory: str, class_token: bool) -> Plan | None:
     """From the second call on: the first one is checked by the ops."""
-    if class_token or x.dim() != 3 or not _wants(x, *parameters(parts)[:_HALF]):
+    if x.dim() != 3 or not _wants(x, *parameters(parts)[:_HALF]):
         return None
     chosen: dict[str, Any] = {}
     dtype = _autocast_dtype(x)
-    for name, arguments in _op_calls(parts, x, memory, dtype):
+    for name, arguments in _op_calls(parts, x, memory, dtype, class_token):
         op = dispatch.OPS[name]
         run = op.settled(_contract.key(op, arguments))
         if run is None:
@@ -60,7 +45,7 @@ def find_plan(parts: BlockParts, x: Tensor, memory: str, class_token: bool) -> P
         return None
     num_heads, _, scale = parts.heads
     caches = tuple(_contract.may_cache(*weights) for weights in (parts.qkv[:1], parts.proj[:1], parts.mlp[2:5:2]))
-    step = Step(num_heads, scale, parts.eps1, parts.eps2, parts.act, memory, dtype, caches, names)  # type: ignore[arg-type]
+    step = Step(class_token, num_heads, scale, parts.eps1, parts.eps2, parts.act, memory, dtype, caches, names)  # type: ignore[arg-type]
     return Plan(_BlockTraining.apply, (step,), chosen)
 
 
@@ -77,20 +62,26 @@ def _wants(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _op_calls(parts: BlockParts, x: Tensor, memory: str, dtype: torch.dtype | None) -> list[tuple[str, tuple]]:
+def _op_calls(
+    parts: BlockParts, x: Tensor, memory: str, dtype: torch.dtype | None, class_token: bool
+) -> list[tuple[str, tuple]]:
     """The ops with arguments such as a block without a plan gives them."""
-    num_heads, _, scale = parts.heads
-    (qkv,) = empty_heads(parts, x, False)
-    qkv = qkv.to(dtype or qkv.dtype).requires_grad_(_wants(x, *parts.norm1, *parts.qkv))
-    attended = qkv.new_empty(*x.shape[:2], qkv.shape[-1] // 3).requires_grad_(qkv.requires_grad)
-    middle = x.detach().requires_grad_()
-    first, second = (None if drop is None else x.new_empty(len(x)) for drop in (parts.drop_path1, parts.drop_path2))
-    return [
-        ("layernorm_linear", (x, *parts.norm1, *parts.qkv, parts.eps1, True)),
-        ("attention_packed", (qkv, num_heads, 0.0, scale, None, None, None)),
-        ("linear_residual", (attended, *parts.proj, x, parts.gamma1, first)),
-        ("layernorm_mlp", (middle, *parts.mlp, parts.gamma2, second, parts.act, parts.eps2, True, memory)),
+    (num_heads, _, scale), residual = parts.heads, x[:, :1] if class_token else x
+    linears = class_token_linears(x, parts.norm1, parts.qkv) if class_token else ((x, *parts.norm1, *parts.qkv),)
+    calls: list[tuple[str, tuple]] = [
+        ("layernorm_linear", (*linear, parts.eps1, not class_token)) for linear in linears
     ]
+    wants = _wants(x, *parts.norm1, *parts.qkv)
+    heads = [t.to(dtype or t.dtype).requires_grad_(wants) for t in empty_heads(parts, x, class_token)]
+    if class_token:
+        calls.append(("attention", (*heads, None, False, 0.0, scale, None, None, None)))
+    else:
+        calls.append(("attention_packed", (*heads, num_heads, 0.0, scale, None, None, None)))
+    attended = heads[0].new_empty(*residual.shape[:2], parts.qkv[0].shape[0] // 3).requires_grad_(wants)
+    middle = residual.detach().contiguous().requires_grad_()
+    first, second = (None if drop is None else x.new_empty(len(x)) for drop in (parts.drop_path1, parts.drop_path2))
+    mlp = (middle, *parts.mlp, parts.gamma2, second, parts.act, parts.eps2, True, memory)
+    return [*calls, ("linear_residual", (attended, *parts.proj, residual, parts.gamma1, first)), ("layernorm_mlp", mlp)]
 
 
 class _BlockTraining(torch.autograd.Function):
@@ -100,7 +91,7 @@ class _BlockTraining(torch.autograd.Function):
     def forward(ctx: Any, step: Step, row_scale1: Tensor | None, row_scale2: Tensor | None, x: Tensor, *given: Any):
         weights = given if step.dtype is None else _with_casts(given, _casts(given, step.dtype))
         with torch._C._AutoDispatchBelowAutograd():
-            out, *saved = _forward(step, row_scale1, row_scale2, x, weights)
+            out, *saved = forward(step, row_scale1, row_scale2, x, weights)
         casts = () if step.dtype is None else tuple(weights[at] for at in _CAST)
         ctx.step = step
         ctx.save_for_backward(x, *saved, row_scale1, row_scale2, *given, *casts)
@@ -112,75 +103,16 @@ class _BlockTraining(torch.autograd.Function):
         wants = ctx.needs_input_grad[3:]
         if dout is None:
             return (None,) * (3 + len(wants))
-        x, *saved = ctx.saved_tensors
-        saved, row_scales, given, casts = saved[:9], saved[9:11], saved[11:25], saved[25:]
+        x, *kept = ctx.saved_tensors
+        count = ctx.step.kept
+        saved, row_scales, given, casts = kept[:count], kept[count:][:2], kept[count + 2 :][:14], kept[count + 16 :]
         if torch.is_grad_enabled():
             grads: Any = _differentiable(ctx.step, dout, row_scales, (x, *given), wants)
         else:
             weights = _with_casts(given, casts) if casts else given
             with torch._C._AutoDispatchBelowAutograd():
-                grads = _backward(ctx.step, dout, x, saved, row_scales, weights, wants)
+                grads = backward(ctx.step, dout, x, saved, row_scales, weights, wants)
         return (None,) * 3 + tuple(grad if wanted else None for grad, wanted in zip(grads, wants, strict=True))
-
-
-def _forward(step: Step, row_scale1: Tensor | None, row_scale2: Tensor | None, x: Tensor, weights: Any) -> tuple:
-    """What comes out, and nine tensors that the backward reads."""
-    in_one = hopper.forward(step, x, weights) if row_scale1 is None and row_scale2 is None else None
-    if in_one is not None:
-        return tuple(in_one)
-    norm_and_qkv, projection, scale1, mlp, scale2 = _split(weights)
-    (linear_by, attention_by, residual_by, mlp_by), run = step.backends, _register.IMPLS
-    qkv, mean1, rstd1 = run["layernorm_linear_fwd"](x, *norm_and_qkv, step.eps1, step.caches[0], linear_by)
-    attended, softmax = run["attention_packed_fwd"](qkv, step.num_heads, step.scale, attention_by)
-    branch = (attended, *projection, x, scale1, row_scale1)
-    middle = run["linear_residual_fwd"](*branch, step.caches[1], residual_by)
-    options = (step.act, step.eps2, True, step.memory == "default", step.caches[2], mlp_by)
-    out, mean2, rstd2, h = run["layernorm_mlp_fwd"](middle, *mlp, scale2, row_scale2, *options)
-    return out, mean1, rstd1, qkv, attended, softmax, middle, mean2, rstd2, h
-
-
-def _backward(
-    step: Step, dout: Tensor, x: Tensor, saved: Any, row_scales: Any, weights: Any, wants: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x and of all parameters, by the backwards of the four ops. Autocast's PyTorch casts back."""
-    if _is_whole(row_scales, weights, wants):
-        grads = hopper.backward(step, dout, x, saved, weights)
-        if grads is not None:
-            return grads
-    mean1, rstd1, qkv, attended, softmax, middle, mean2, rstd2, h = saved
-    (norm_weight, norm_bias, *qkv_linear), projection, scale1, mlp, scale2 = _split(weights)
-    (linear_by, attention_by, residual_by, mlp_by), run = step.backends, _register.IMPLS
-    first, wants_attention, wants_middle = list(wants[:5]), any(wants[:5]), any(wants[:8])
-
-    branch = (*mlp, scale2, row_scales[1], step.act, step.eps2, True, [wants_middle, *wants[8:]], mlp_by)
-    dmiddle, *mlp_grads = run["layernorm_mlp_bwd"](dout, middle, mean2, rstd2, h, *branch)
-    if not wants_middle:
-        return (*(None,) * 8, *mlp_grads)
-    branch = (attended, *projection, scale1, row_scales[0], [wants_attention, *wants[5:8]], residual_by)
-    dattended, *projection_grads = run["linear_residual_bwd"](dmiddle, *branch)
-    if not wants_attention:
-        return (*(None,) * 5, *projection_grads, *mlp_grads)
-    heads = (attended, softmax, step.num_heads, step.scale, attention_by)
-    dqkv = run["attention_packed_bwd"](dattended, qkv, *heads)
-    branch = (mean1, rstd1, norm_weight, norm_bias, *qkv_linear, dmiddle, first, step.eps1, linear_by)
-    return (*run["layernorm_linear_bwd"](dqkv, x, *branch), *projection_grads, *mlp_grads)
-
-
-def _is_whole(row_scales: Any, weights: Any, wants: tuple[bool, ...]) -> bool:
-    """Whether every gradient is wanted of a block with norms' parameters, without LayerScale or DropPath."""
-    if row_scales[0] is not None or row_scales[1] is not None or not all(wants[at] for at in _WHOLE):
-        return False
-    return all(want == (weight is not None) for want, weight in zip(wants[1:], weights, strict=True)) and not (
-        wants[7] or wants[14]
-    )
-
-
-_WHOLE = (0, 1, 2, 8, 9)  # x, and the norms' weights and biases
-
-
-def _split(weights: Any) -> tuple[Any, ...]:
-    """``parameters`` as those of norm1 and qkv, of the projection and its scale, of norm2, fc1 and fc2 and theirs."""
-    return weights[:4], weights[4:6], weights[6], weights[7:13], weights[13]
 
 
 def _casts(given: Any, dtype: torch.dtype) -> list[Tensor | None]:
@@ -208,10 +140,20 @@ def _differentiable(
 
 
 def _by_ops(step: Step, row_scales: Any, x: Tensor, *weights: Any) -> Tensor:
-    norm_and_qkv, projection, scale1, mlp, scale2 = _split(weights)
-    weight, bias = projection
-    qkv = ops.layernorm_linear(x, *norm_and_qkv, eps=step.eps1)
-    attended = ops.attention_packed(qkv, step.num_heads, scale=step.scale)
+    norm_and_qkv, (weight, bias), scale1, mlp, scale2 = split(weights)
+    attended, x = (_attend_class_token if step.class_token else _attend)(step, x, norm_and_qkv)
     x = ops.linear_residual(attended, weight, bias, x, layer_scale=scale1, row_scale=row_scales[0])
     branch: dict[str, Any] = {"layer_scale": scale2, "row_scale": row_scales[1], "memory": step.memory}
     return ops.layernorm_mlp(x, *mlp, act=step.act, eps=step.eps2, **branch)
+
+
+def _attend(step: Step, x: Tensor, norm_and_qkv: Any) -> tuple[Tensor, Tensor]:
+    qkv = ops.layernorm_linear(x, *norm_and_qkv, eps=step.eps1)
+    return ops.attention_packed(qkv, step.num_heads, scale=step.scale), x
+
+
+def _attend_class_token(step: Step, x: Tensor, norm_and_qkv: Any) -> tuple[Tensor, Tensor]:
+    linears = class_token_linears(x, norm_and_qkv[:2], norm_and_qkv[2:])
+    q, kv = (ops.layernorm_linear(*linear, eps=step.eps1) for linear in linears)
+    attended = ops.attention(*class_token_heads(q, kv, step.num_heads), scale=step.scale)
+    return attended.transpose(1, 2).flatten(2), x[:, :1]

@@ -137,7 +137,8 @@ def _launch_fwd(backend, q, k, v, attn_mask, is_causal, scale):
     return _kernels(q)[0](q, k, v, scale)
 
 
-def _launch_bwd(backend, dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv) -> None:
+def write_gradients(backend, dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv) -> None:
+    """Into dq, dk and dv, at any strides but of the last dim."""
     if backend == "cpp":
         cpp = _contract.compiled(backend)
         cpp.attention_bwd(dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv)
@@ -202,7 +203,7 @@ def _bwd(dout, q, k, v, attn_mask, is_causal, out, lse, scale, backend):
     if q.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
     q, k, v, dout = map(_rows_contiguous, (q, k, v, dout))
-    _launch_bwd(backend, dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv)
+    write_gradients(backend, dout, q, k, v, attn_mask, is_causal, out, lse, scale, dq, dk, dv)
     return dq, dk, dv
 
 
@@ -210,7 +211,7 @@ def _bwd_fake(dout, q, k, v, attn_mask, is_causal, out, lse, scale, backend):
     return _tokens_first(q), _tokens_first(k), _tokens_first(v)
 
 
-def _as_heads(tokens: Tensor, num_heads: int) -> Tensor:
+def as_heads(tokens: Tensor, num_heads: int) -> Tensor:
     """(B, N, H * D) seen as (B, H, N, D)."""
     return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
@@ -238,8 +239,8 @@ def _packed_bwd(dout, qkv, out, lse, num_heads, scale, backend):
         return dqkv
     q, k, v = reference.unpack_qkv(_rows_contiguous(qkv), num_heads)
     dq, dk, dv = reference.unpack_qkv(dqkv, num_heads)
-    dout, out = _as_heads(_rows_contiguous(dout), num_heads), _as_heads(out, num_heads)
-    _launch_bwd(backend, dout, q, k, v, None, False, out, lse, scale, dq, dk, dv)
+    dout, out = as_heads(_rows_contiguous(dout), num_heads), as_heads(out, num_heads)
+    write_gradients(backend, dout, q, k, v, None, False, out, lse, scale, dq, dk, dv)
     return dqkv
 
 

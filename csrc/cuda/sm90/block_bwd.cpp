@@ -1,4 +1,4 @@
-// Glue: the backward of a transformer block in one call, from what fastvit/block_plan/training.py kept: the passes and
+// Glue: the backward of a transformer block in one call, from what fastvit/block_plan/kernels.py kept: the passes and
 // products that fastvit/ops/_cuda.py calls one by one. Of a plain block alone: no LayerScale, no DropPath, every
 // gradient wanted.
 #include <torch/csrc/stable/library.h>
