@@ -156,7 +156,7 @@ def console() -> Any:
     """A rich console, wide where nobody's terminal limits it."""
     made = need("rich.console", "showing tables").Console(highlight=False)
     if not made.is_terminal:
-        made.width = 160
+        made.width = 200
     return made
 
 
