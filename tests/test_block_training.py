@@ -193,15 +193,14 @@ def test_lean_memory(nodes):
 def saved_bytes(call, x, made):
     """Of what is kept for the backward, but for inputs and parameters."""
     known = {x.data_ptr(), *(p.data_ptr() for p in made.parameters())}
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = call(x)
-    del out
+    kept, seen, nodes = {}, set(), [call(x).grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            tensors = getattr(node, "saved_tensors", ())
+            kept |= {t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+            nodes += [following for following, _ in node.next_functions]
     return sum(size for address, size in kept.items() if address not in known)
 
 
@@ -299,12 +298,36 @@ def test_a_second_derivative(options, of, nodes, way):
         torch.testing.assert_close(mine / scale, other / scale, rtol=0, atol=2e-5 if way == "cpp" else 0.05)
 
 
-def test_checkpointed(nodes):
+@pytest.mark.parametrize("warm", [False, True])
+def test_checkpointed(warm, nodes):
+    """As many tensors are saved the second time as the first, whatever was planned in between."""
     made, x = block(BF16), wanting()
-    step(made, x)
+    if warm:
+        step(made, x)
+    checkpointed = Around(made, lambda given: made(checkpoint(made, given, use_reentrant=False)))
+    for _ in range(2):
+        step(checkpointed, x)
+        assert_same_step(checkpointed, x)
+    assert len(nodes) == 4  # those that are not checkpointed
 
-    assert_same_step(Around(made, lambda given: checkpoint(made, given, use_reentrant=False)), x)
-    assert nodes == [1, 1]
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_model_trains(reentrant, way, monkeypatch):
+    if reentrant:
+        monkeypatch.setattr(
+            fastvit.model, "checkpoint", lambda call, *args, **_: checkpoint(call, *args, use_reentrant=True)
+        )
+    torch.manual_seed(0)
+    dtype = F32 if way == "cpp" else BF16
+    model = fastvit.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, depth=3).to(dtype).train()
+    images = torch.randn(2, 3, 32, 32, dtype=dtype)
+    with use_backend(patch_embed="torch"):
+        expected = step(model, images)
+        model.set_grad_checkpointing()
+        for _ in range(3):
+            for name, value in step(model, images).items():
+                assert (value is None) == (expected[name] is None)
+                assert value is None or torch.equal(value, expected[name]), name
 
 
 def test_a_parameter_changed_before_the_backward_is_an_error(nodes):

@@ -75,7 +75,13 @@ def _usable_plan(parts: BlockParts, x: Tensor, memory: str, class_token: bool) -
 
 
 def _training_plan(parts: BlockParts, x: Tensor, memory: str, class_token: bool) -> Plan | None:
-    return _plan_by(training, parts, x, memory, class_token) if _is_plain(parts) else None
+    """Not where hooks take what is saved: checkpointing counts it, and the first call of a kind is the ops'."""
+    if not _is_plain(parts) or _top_saved_tensors_hooks(True) is not None:
+        return None
+    return _plan_by(training, parts, x, memory, class_token)
+
+
+_top_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def _plan_by(way: ModuleType, parts: BlockParts, x: Tensor, memory: str, class_token: bool) -> Plan | None:
