@@ -14,8 +14,8 @@ constexpr int64_t PACK_BLOCKS = 1;          // packing keys and values costs abo
 
 struct AttentionForward {
   Heads q, k, v, out;
-  Heads shifts, inverse_sums;  // (B, H, Nq, 1)
-  ScoreRules rules;
+  float *shifts, *inverse_sums;  // (B, H, Nq)
+  const ScoreRules& rules;
 };
 
 // One head of one sample.
@@ -32,8 +32,8 @@ struct ForwardHead {
         k(args.k.head(index)),
         v(args.v.head(index)),
         out(args.out.written_head(index)),
-        shifts(static_cast<float*>(args.shifts.written_head(index).row(0))),
-        inverse_sums(static_cast<float*>(args.inverse_sums.written_head(index).row(0))),
+        shifts(args.shifts + args.q.first_number(index)),
+        inverse_sums(args.inverse_sums + args.q.first_number(index)),
         rules(args.rules) {}
 };
 
@@ -69,6 +69,7 @@ std::vector<ForwardTask> plan_tasks(const Heads& q, const Heads& k) {
   int64_t total = 0;
   for (const int64_t sample : samples) total += cost(sample) * q.heads();
   std::vector<ForwardTask> tasks;
+  tasks.reserve(samples.size() * q.heads());
   for (const int64_t sample : samples) {
     const int64_t blocks = ceil_div(q.tokens(sample), query_rows(k.tokens(sample)));
     const int64_t groups = plan_groups(ceil_div(total, cost(sample)), blocks);
@@ -291,9 +292,11 @@ Dropout::Dropout(double p, const OptionalTensor& seed) : given(p > 0.0 && presen
 
 std::vector<int64_t> longest_first(const Heads& q, const Heads& k) {
   std::vector<int64_t> samples;
+  samples.reserve(q.samples());
   for (int64_t i = 0; i < q.samples(); ++i) {
     if (q.tokens(i) > 0) samples.push_back(i);
   }
+  if (q.bounds.empty()) return samples;
   const auto work = [&](int64_t sample) { return q.tokens(sample) * k.tokens(sample); };
   std::stable_sort(samples.begin(), samples.end(), [&](int64_t a, int64_t b) { return work(a) > work(b); });
   return samples;
@@ -307,16 +310,11 @@ Tensor tokens_first(const Tensor& q) {
 }
 
 Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const ScoreRules& rules, at::IntArrayRef bounds,
-               const Tensor& shifts, const Tensor& inverse_sums) {
+               float* shifts, float* inverse_sums) {
   const Tensor out = tokens_first(q);
   if (q.numel() == 0) return out;
-  const AttentionForward args{Heads(q, bounds),
-                              Heads(k, bounds),
-                              Heads(v, bounds),
-                              Heads(out, bounds),
-                              Heads(shifts.unsqueeze(-1), bounds),
-                              Heads(inverse_sums.unsqueeze(-1), bounds),
-                              rules};
+  const AttentionForward args{
+      Heads(q, bounds), Heads(k, bounds), Heads(v, bounds), Heads(out, bounds), shifts, inverse_sums, rules};
   with_compute_type(compute_dtype(q.scalar_type()), [&]<class T>(T) { attention_forward<T>(args); });
   return out;
 }
@@ -329,7 +327,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   check_attention(q, k, v, attn_mask);
   const ScoreRules rules = score_rules(q, k, attn_mask, is_causal, scale);
   const Tensor statistics = at::empty({2, q.size(0), q.size(1), q.size(2)}, at::kFloat);
-  return {forward(q, k, v, rules, {}, statistics[0], statistics[1]), statistics};
+  float* numbers = statistics.mutable_data_ptr<float>();
+  return {forward(q, k, v, rules, {}, numbers, numbers + statistics.numel() / 2), statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_general_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -341,7 +340,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_general_fwd(const Tensor& q, const 
   const std::vector<int64_t> bounds = check_bounds(q, k, attn_mask, cu_seqlens);
   const ScoreRules rules = score_rules(q, k, attn_mask, is_causal, scale, Dropout(dropout_p, dropout_seed));
   const Tensor shifts = at::empty({q.size(0), q.size(1), q.size(2)}, at::kFloat), inverse_sums = at::empty_like(shifts);
-  return {forward(q, k, v, rules, bounds, shifts, inverse_sums), shifts, inverse_sums};
+  const Tensor out =
+      forward(q, k, v, rules, bounds, shifts.mutable_data_ptr<float>(), inverse_sums.mutable_data_ptr<float>());
+  return {out, shifts, inverse_sums};
 }
 
 }  // namespace fastvit::cpu

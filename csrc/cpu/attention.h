@@ -44,6 +44,10 @@ struct Heads {
   int64_t samples() const { return bounds.empty() ? tensor.size(0) : static_cast<int64_t>(bounds.size()) - 1; }
   int64_t heads() const { return tensor.size(1); }
   int64_t tokens(int64_t sample) const { return bounds.empty() ? tensor.size(2) : bounds[sample + 1] - bounds[sample]; }
+  // Where the numbers of a head lie in contiguous (B, H, N), one a row.
+  int64_t first_number(int64_t index) const {
+    return bounds.empty() ? index * tensor.size(2) : index % heads() * tensor.size(2) + bounds[index / heads()];
+  }
   ReadRows head(int64_t index) const { return rows_at(static_cast<const char*>(tensor.const_data_ptr()), index); }
   WrittenRows written_head(int64_t index) const {
     return rows_at(static_cast<char*>(tensor.mutable_data_ptr()), index);

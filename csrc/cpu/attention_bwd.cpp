@@ -16,9 +16,9 @@ constexpr int64_t KEY_BLOCK = 512;  // two (keys, 64) float32 tiles take 256 KB 
 
 struct AttentionBackward {
   Heads dout, q, k, v, out;
-  Heads shifts, inverse_sums;  // (B, H, Nq, 1)
+  const float *shifts, *inverse_sums;  // (B, H, Nq)
   Heads dq, dk, dv;
-  ScoreRules rules;
+  const ScoreRules& rules;
 };
 
 // One head of one sample.
@@ -36,8 +36,8 @@ struct BackwardHead {
         k(args.k.head(index)),
         v(args.v.head(index)),
         out(args.out.head(index)),
-        shifts(static_cast<const float*>(args.shifts.head(index).row(0))),
-        inverse_sums(static_cast<const float*>(args.inverse_sums.head(index).row(0))),
+        shifts(args.shifts + args.q.first_number(index)),
+        inverse_sums(args.inverse_sums + args.q.first_number(index)),
         dq(args.dq.written_head(index)),
         dk(args.dk.written_head(index)),
         dv(args.dv.written_head(index)),
@@ -219,9 +219,9 @@ void check_gradient(const char* name, const Tensor& grad, const Tensor& like, co
                     " in its last dimension, expected 1");
 }
 
-// The tensors of a backward call; statistics (B, H, Nq) each.
+// The tensors of a backward call.
 struct Gradients {
-  const Tensor &dout, &q, &k, &v, &out, &shifts, &inverse_sums, &dq, &dk, &dv;
+  const Tensor &dout, &q, &k, &v, &out, &dq, &dk, &dv;
 };
 
 void check_gradients(const Gradients& t) {
@@ -230,34 +230,29 @@ void check_gradients(const Gradients& t) {
   check_same_dtype(op, "dout", t.dout, "q", t.q);
   check_shape(op, "out", t.out, t.q.sizes(), "like q");
   check_same_dtype(op, "out", t.out, "q", t.q);
-  for (const auto& [name, values] : {std::pair{"shifts", &t.shifts}, std::pair{"inverse_sums", &t.inverse_sums}}) {
-    check_shape(op, name, *values, {t.q.size(0), t.q.size(1), t.q.size(2)}, "like q");
-    TORCH_CHECK_VALUE(values->scalar_type() == at::kFloat, op, ": ", name, " has dtype ", values->scalar_type(),
-                      ", expected float32");
-  }
   check_gradient("dq", t.dq, t.q, "like q");
   check_gradient("dk", t.dk, t.k, "like k");
   check_gradient("dv", t.dv, t.v, "like v");
 }
 
-void backward(const Gradients& t, const ScoreRules& rules, at::IntArrayRef bounds) {
+const float* checked_statistics(const char* name, const Tensor& values, at::IntArrayRef sizes) {
+  constexpr const char* op = "attention";
+  check_shape(op, name, values, sizes, "like q");
+  TORCH_CHECK_VALUE(values.scalar_type() == at::kFloat && values.is_contiguous(), op, ": ", name, " has dtype ",
+                    values.scalar_type(), ", expected contiguous float32");
+  return values.const_data_ptr<float>();
+}
+
+void backward(const Gradients& t, const ScoreRules& rules, at::IntArrayRef bounds, const float* shifts,
+              const float* inverse_sums) {
   if (t.q.numel() == 0) {
     t.dk.zero_();
     t.dv.zero_();
     return;
   }
   const auto heads = [&](const Tensor& tensor) { return Heads(tensor, bounds); };
-  const AttentionBackward args{heads(t.dout),
-                               heads(t.q),
-                               heads(t.k),
-                               heads(t.v),
-                               heads(t.out),
-                               heads(t.shifts.unsqueeze(-1)),
-                               heads(t.inverse_sums.unsqueeze(-1)),
-                               heads(t.dq),
-                               heads(t.dk),
-                               heads(t.dv),
-                               rules};
+  const AttentionBackward args{heads(t.dout), heads(t.q),  heads(t.k),  heads(t.v),  heads(t.out), shifts,
+                               inverse_sums,  heads(t.dq), heads(t.dk), heads(t.dv), rules};
   const std::vector<int64_t> samples = longest_first(args.q, args.k);
   const int64_t count = args.q.heads();
   with_compute_type(compute_dtype(t.q.scalar_type()), [&]<class T>(T) {
@@ -271,16 +266,13 @@ void backward(const Gradients& t, const ScoreRules& rules, at::IntArrayRef bound
 void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                    const OptionalTensor& attn_mask, bool is_causal, const Tensor& out, const Tensor& statistics,
                    double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
-  constexpr const char* op = "attention";
   const NoAutograd no_autograd;
   check_attention(q, k, v, attn_mask);
-  check_shape(op, "statistics", statistics, {2, q.size(0), q.size(1), q.size(2)}, "like q");
-  TORCH_CHECK_VALUE(statistics.scalar_type() == at::kFloat && statistics.is_contiguous(), op, ": statistics has dtype ",
-                    statistics.scalar_type(), ", expected contiguous float32");
-  const Tensor shifts = statistics[0], inverse_sums = statistics[1];
-  const Gradients tensors{dout, q, k, v, out, shifts, inverse_sums, dq, dk, dv};
+  const Gradients tensors{dout, q, k, v, out, dq, dk, dv};
   check_gradients(tensors);
-  backward(tensors, score_rules(q, k, attn_mask, is_causal, scale), {});
+  const float* numbers = checked_statistics("statistics", statistics, {2, q.size(0), q.size(1), q.size(2)});
+  const ScoreRules rules = score_rules(q, k, attn_mask, is_causal, scale);
+  backward(tensors, rules, {}, numbers, numbers + statistics.numel() / 2);
 }
 
 void attention_general_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
@@ -290,9 +282,12 @@ void attention_general_bwd(const Tensor& dout, const Tensor& q, const Tensor& k,
   const NoAutograd no_autograd;
   check_attention(q, k, v, attn_mask, present(cu_seqlens));
   const std::vector<int64_t> bounds = check_bounds(q, k, attn_mask, cu_seqlens);
-  const Gradients tensors{dout, q, k, v, out, shifts, inverse_sums, dq, dk, dv};
+  const Gradients tensors{dout, q, k, v, out, dq, dk, dv};
   check_gradients(tensors);
-  backward(tensors, score_rules(q, k, attn_mask, is_causal, scale, Dropout(dropout_p, dropout_seed)), bounds);
+  const std::vector<int64_t> sizes{q.size(0), q.size(1), q.size(2)};
+  const ScoreRules rules = score_rules(q, k, attn_mask, is_causal, scale, Dropout(dropout_p, dropout_seed));
+  backward(tensors, rules, bounds, checked_statistics("shifts", shifts, sizes),
+           checked_statistics("inverse_sums", inverse_sums, sizes));
 }
 
 }  // namespace fastvit::cpu

@@ -1,8 +1,8 @@
 """The attention kernels with options as ops of their own: Triton's with any, the C++ core with dropout.
 
-Plain calls do not pass here, so their schema, saved tensors and cost stay what they are. The C++ core is given rows that
-are normalised and rotated already; its two numbers a row, what scores are shifted by and the reciprocal of their sum,
-stand where Triton has the two parts of the log-sum-exp.
+Plain calls do not pass here, so their schema, saved tensors and cost stay what they are. The C++ core is given rows
+that are normalised and rotated, and saves two numbers a row where Triton has the parts of the log-sum-exp: what the
+scores are shifted by, and the reciprocal of the sum of their exponentials.
 """
 
 from __future__ import annotations

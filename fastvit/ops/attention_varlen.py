@@ -186,7 +186,8 @@ def _run_triton(q, k, v, *rest_and_heads):
 
 def _run_cpp(q, k, v, *rest_and_heads):
     *rest, q_norm, k_norm, rope = rest_and_heads
-    return _run_kernels("cpp", *_prepared_rows(q, k, q_norm, k_norm, rope), v, _heads.Flat(), *rest)
+    q, k = _prepared_rows(q, k, q_norm, k_norm, rope)
+    return _run_kernels("cpp", q, k, v, _heads.Flat(), *rest)
 
 
 def _run_kernels(backend, q, k, v, flat, cu_seqlens, max_seqlen, is_causal, dropout_p, scale):
