@@ -10,7 +10,7 @@ import torch
 
 from fastvit import ops, reference
 from fastvit.dispatch import Unsupported, use_backend
-from fastvit.ops import _attention_general
+from fastvit.ops import _attention_general, _heads
 from fastvit.testing import (
     assert_as_accurate,
     assert_op_as_accurate,
@@ -335,6 +335,7 @@ def seeded(monkeypatch):
 
 
 SEEDS = [0, 5, 2**63 - 1]
+GENERAL = ("attention_general", "attention_general_packed")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -397,6 +398,36 @@ def test_bits_of_dropout_do_not_depend_on_threads(seeded, dtype):
         finally:
             torch.set_num_threads(before)
     assert all(torch.equal(results[1][name], value) for name, value in results[0].items())
+
+
+def test_dropout_as_a_registered_op():
+    seed, mask = torch.tensor([5]), torch.rand(2, 1, 1, 20) > 0.2
+    fwd, packed_fwd = (getattr(torch.ops.fastvit, f"{name}_fwd").default for name in GENERAL)
+    heads = make(2, 2, 9, 20, 32)
+    torch.library.opcheck(fwd, (*heads.values(), *_heads.Flat(), mask, True, 0.2, seed, 0.2, "cpp"))
+    qkv = torch.randn(2, 9, 3 * 64, requires_grad=True)
+    torch.library.opcheck(packed_fwd, (qkv, *_heads.Flat(), 2, 0.2, seed, 0.2, "cpp"))
+
+
+def test_dropout_compiles_and_has_second_derivatives(seeded):
+    inputs = make(1, 2, 9, 20, 32)
+    options = {"dropout_p": 0.3, "dropout_seed": torch.tensor([5])}
+
+    def second(fn):
+        output = fn(**inputs, **options)
+        grads = torch.autograd.grad(output.square().sum(), inputs.values(), create_graph=True)
+        return output, *grads, *torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs.values())
+
+    ours, expected = second(lambda **inputs: seeded(attention, **inputs)), second(reference.attention)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+    torch.compiler.reset()
+    compiled = torch.compile(ops.attention, fullgraph=True, backend="aot_eager")
+    plain = inputs | {"dropout_p": 0.3}
+    torch.manual_seed(3)
+    eager = run_with_gradients(ops.attention, plain)
+    torch.manual_seed(3)
+    for name, value in run_with_gradients(compiled, plain).items():
+        assert torch.equal(value, eager[name]), name
 
 
 def test_errors_of_dropout():

@@ -2,6 +2,9 @@
 // are made at once and stay in L2, so the softmax has the exact row maximum and rows do not depend on the blocks.
 #include "attention.h"
 
+#include <algorithm>
+#include <cmath>
+
 #include "op_checks.h"
 #include "ops.h"
 

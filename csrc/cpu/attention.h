@@ -2,6 +2,8 @@
 // tensors, or ragged rows of (1, H, T, D) ones. All is done head by head, so either kind goes the same way.
 #pragma once
 
+#include <vector>
+
 #include "../common.h"
 #include "linear.h"
 
