@@ -1,5 +1,7 @@
 """Ragged batches on the CPU, in place: each sample as if it were alone, whatever lies beside it."""
 
+import importlib
+
 import cpp_ops
 import pytest
 import torch
@@ -183,6 +185,20 @@ def test_weights_of_norms_get_gradients():
             {"weight": weight, **inputs},
         )
     torch.testing.assert_close(ours["grad_weight"], expected["grad_weight"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout(monkeypatch, dtype, is_causal):
+    """The reference with the same seed, which counts the queries and keys of each sample from 0."""
+    module = importlib.import_module("fastvit.ops.attention_varlen")
+
+    def attend(dropout_seed, **inputs):
+        monkeypatch.setattr(module, "draw_seed", lambda device: dropout_seed)
+        return attention_varlen(**inputs)
+
+    options = {"dropout_p": 0.3, "dropout_seed": torch.tensor([5]), "is_causal": is_causal}
+    assert_op_as_accurate("attention_varlen", attend, make(MIXED, dtype=dtype) | options)
 
 
 def test_it_runs_by_itself():
