@@ -16,7 +16,8 @@ constexpr int64_t SCORE_BYTES = 384 << 10;  // scores of a block of queries
 constexpr int64_t PACK_BLOCKS = 1;          // packing keys and values costs about as much as this many blocks
 
 struct AttentionForward {
-  Heads q, k, v, out;
+  ReadHeads q, k, v;
+  WrittenHeads out;
   float *shifts, *inverse_sums;  // (B, H, Nq)
   const ScoreRules& rules;
 };
@@ -34,7 +35,7 @@ struct ForwardHead {
         q(args.q.head(index)),
         k(args.k.head(index)),
         v(args.v.head(index)),
-        out(args.out.written_head(index)),
+        out(args.out.head(index)),
         shifts(args.shifts + args.q.first_number(index)),
         inverse_sums(args.inverse_sums + args.q.first_number(index)),
         rules(args.rules) {}
@@ -63,7 +64,7 @@ int64_t plan_groups(int64_t heads, int64_t blocks) {
 }
 
 // A sample is cut as if all the work were in heads like its own: it may be all, or one of many.
-std::vector<ForwardTask> plan_tasks(const Heads& q, const Heads& k) {
+std::vector<ForwardTask> plan_tasks(const ReadHeads& q, const ReadHeads& k) {
   const std::vector<int64_t> samples = longest_first(q, k);
   const auto cost = [&](int64_t sample) {
     const int64_t keys = k.tokens(sample);
@@ -293,13 +294,13 @@ Dropout::Dropout(double p, const OptionalTensor& seed) : given(p > 0.0 && presen
   scale = static_cast<float>(1.0 / (1.0 - p));
 }
 
-std::vector<int64_t> longest_first(const Heads& q, const Heads& k) {
+std::vector<int64_t> longest_first(const ReadHeads& q, const ReadHeads& k) {
   std::vector<int64_t> samples;
   samples.reserve(q.samples());
   for (int64_t i = 0; i < q.samples(); ++i) {
     if (q.tokens(i) > 0) samples.push_back(i);
   }
-  if (q.bounds.empty()) return samples;
+  if (!q.ragged()) return samples;
   const auto work = [&](int64_t sample) { return q.tokens(sample) * k.tokens(sample); };
   std::stable_sort(samples.begin(), samples.end(), [&](int64_t a, int64_t b) { return work(a) > work(b); });
   return samples;
@@ -316,8 +317,13 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, const ScoreRul
                float* shifts, float* inverse_sums) {
   const Tensor out = tokens_first(q);
   if (q.numel() == 0) return out;
-  const AttentionForward args{
-      Heads(q, bounds), Heads(k, bounds), Heads(v, bounds), Heads(out, bounds), shifts, inverse_sums, rules};
+  const AttentionForward args{ReadHeads(q, bounds),
+                              ReadHeads(k, bounds),
+                              ReadHeads(v, bounds),
+                              WrittenHeads(out, bounds),
+                              shifts,
+                              inverse_sums,
+                              rules};
   with_compute_type(compute_dtype(q.scalar_type()), [&]<class T>(T) { attention_forward<T>(args); });
   return out;
 }

@@ -36,37 +36,54 @@ using WrittenRows = HeadRows<char>;
 
 // A (B, H, N, D) tensor, any strides but the last. With `bounds` its one sample holds ragged ones: sample s has the
 // rows from bounds[s] to bounds[s + 1]. Heads are counted through the samples.
-struct Heads {
-  Tensor tensor;
-  at::IntArrayRef bounds;
-
+template <class Byte>
+class Heads {
+ public:
   explicit Heads(const Tensor& values, at::IntArrayRef bounds = {})
-      : tensor(values.stride(3) == 1 || values.size(3) == 1 ? values : values.contiguous()), bounds(bounds) {}
+      : tensor_(values.stride(3) == 1 || values.size(3) == 1 ? values : values.contiguous()),
+        bounds_(bounds),
+        all_{first_byte(tensor_), tensor_.stride(2), tensor_.size(2), tensor_.size(3), tensor_.scalar_type()},
+        samples_(bounds.empty() ? tensor_.size(0) : static_cast<int64_t>(bounds.size()) - 1),
+        heads_(tensor_.size(1)),
+        sample_stride_(tensor_.stride(0)),
+        head_stride_(tensor_.stride(1)) {}
 
-  int64_t samples() const { return bounds.empty() ? tensor.size(0) : static_cast<int64_t>(bounds.size()) - 1; }
-  int64_t heads() const { return tensor.size(1); }
-  int64_t tokens(int64_t sample) const { return bounds.empty() ? tensor.size(2) : bounds[sample + 1] - bounds[sample]; }
+  int64_t samples() const { return samples_; }
+  int64_t heads() const { return heads_; }
+  int64_t tokens(int64_t sample) const { return ragged() ? bounds_[sample + 1] - bounds_[sample] : all_.tokens; }
+  HeadRows<Byte> head(int64_t index) const {
+    const int64_t sample = index / heads_;
+    const int64_t first = ragged() ? bounds_[sample] * all_.stride : sample * sample_stride_;
+    HeadRows<Byte> rows = all_;
+    rows.data += (first + index % heads_ * head_stride_) * all_.item();
+    rows.tokens = tokens(sample);
+    return rows;
+  }
   // Where the numbers of a head lie in contiguous (B, H, N), one a row.
   int64_t first_number(int64_t index) const {
-    return bounds.empty() ? index * tensor.size(2) : index % heads() * tensor.size(2) + bounds[index / heads()];
+    return ragged() ? index % heads_ * all_.tokens + bounds_[index / heads_] : index * all_.tokens;
   }
-  ReadRows head(int64_t index) const { return rows_at(static_cast<const char*>(tensor.const_data_ptr()), index); }
-  WrittenRows written_head(int64_t index) const {
-    return rows_at(static_cast<char*>(tensor.mutable_data_ptr()), index);
-  }
+  bool ragged() const { return !bounds_.empty(); }
 
  private:
-  template <class Byte>
-  HeadRows<Byte> rows_at(Byte* data, int64_t index) const {
-    const int64_t sample = index / heads();
-    const int64_t first = bounds.empty() ? sample * tensor.stride(0) : bounds[sample] * tensor.stride(2);
-    const int64_t at = first + index % heads() * tensor.stride(1);
-    return {data + at * tensor.element_size(), tensor.stride(2), tokens(sample), tensor.size(3), tensor.scalar_type()};
+  static Byte* first_byte(const Tensor& tensor) {
+    if constexpr (std::is_const_v<Byte>) {
+      return static_cast<Byte*>(tensor.const_data_ptr());
+    } else {
+      return static_cast<Byte*>(tensor.mutable_data_ptr());
+    }
   }
+
+  Tensor tensor_;
+  at::IntArrayRef bounds_;
+  HeadRows<Byte> all_;  // the first head's, with the rows of all ragged samples
+  int64_t samples_, heads_, sample_stride_, head_stride_;
 };
+using ReadHeads = Heads<const char>;
+using WrittenHeads = Heads<char>;
 
 // The samples that have rows, those with the most work first, so that threads end together.
-std::vector<int64_t> longest_first(const Heads& q, const Heads& k);
+std::vector<int64_t> longest_first(const ReadHeads& q, const ReadHeads& k);
 
 // Rows of a head in T, in place when a GEMM can read them there, else in `buffer` with zeros up to an even width.
 template <class T>

@@ -15,9 +15,9 @@ namespace {
 constexpr int64_t KEY_BLOCK = 512;  // two (keys, 64) float32 tiles take 256 KB of L2
 
 struct AttentionBackward {
-  Heads dout, q, k, v, out;
+  ReadHeads dout, q, k, v, out;
   const float *shifts, *inverse_sums;  // (B, H, Nq)
-  Heads dq, dk, dv;
+  WrittenHeads dq, dk, dv;
   const ScoreRules& rules;
 };
 
@@ -38,9 +38,9 @@ struct BackwardHead {
         out(args.out.head(index)),
         shifts(args.shifts + args.q.first_number(index)),
         inverse_sums(args.inverse_sums + args.q.first_number(index)),
-        dq(args.dq.written_head(index)),
-        dk(args.dk.written_head(index)),
-        dv(args.dv.written_head(index)),
+        dq(args.dq.head(index)),
+        dk(args.dk.head(index)),
+        dv(args.dv.head(index)),
         rules(args.rules) {}
 };
 
@@ -250,9 +250,10 @@ void backward(const Gradients& t, const ScoreRules& rules, at::IntArrayRef bound
     t.dv.zero_();
     return;
   }
-  const auto heads = [&](const Tensor& tensor) { return Heads(tensor, bounds); };
-  const AttentionBackward args{heads(t.dout), heads(t.q),  heads(t.k),  heads(t.v),  heads(t.out), shifts,
-                               inverse_sums,  heads(t.dq), heads(t.dk), heads(t.dv), rules};
+  const auto read = [&](const Tensor& tensor) { return ReadHeads(tensor, bounds); };
+  const auto written = [&](const Tensor& tensor) { return WrittenHeads(tensor, bounds); };
+  const AttentionBackward args{read(t.dout), read(t.q),     read(t.k),     read(t.v),     read(t.out), shifts,
+                               inverse_sums, written(t.dq), written(t.dk), written(t.dv), rules};
   const std::vector<int64_t> samples = longest_first(args.q, args.k);
   const int64_t count = args.q.heads();
   with_compute_type(compute_dtype(t.q.scalar_type()), [&]<class T>(T) {
