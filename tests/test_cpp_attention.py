@@ -10,6 +10,7 @@ import torch
 
 from fastvit import ops, reference
 from fastvit.dispatch import Unsupported, use_backend
+from fastvit.ops import _attention_general, _heads
 from fastvit.testing import (
     assert_as_accurate,
     assert_op_as_accurate,
@@ -322,12 +323,125 @@ def test_after_fork():
     assert os.waitstatus_to_exitcode(status) == 0
 
 
+@pytest.fixture
+def seeded(monkeypatch):
+    """The op with the reference's ``dropout_seed`` in place of the generator's next number."""
+
+    def call(op, dropout_seed, **inputs):
+        monkeypatch.setattr(_attention_general, "draw_seed", lambda device: dropout_seed)
+        return op(**inputs)
+
+    return call
+
+
+SEEDS = [0, 5, 2**63 - 1]
+GENERAL = ("attention_general", "attention_general_packed")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("queries", "keys", "dim"), [(50, 50, 64), (197, 197, 64), (1, 70, 40), (70, 33, 33)], ids=str)
+def test_dropout(seeded, queries, keys, dim, dtype):
+    inputs = make(2, 3, queries, keys, dim, dtype) | {"dropout_p": 0.3, "dropout_seed": torch.tensor([5])}
+    assert_op_as_accurate("attention", lambda **inputs: seeded(attention, **inputs), inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_dropout_under_a_mask(seeded, is_causal, dtype):
+    mask = torch.rand(2, 1, 1, 70) > 0.3
+    mask[..., 0] = True
+    options = {"dropout_p": 0.1, "dropout_seed": torch.tensor([5]), "attn_mask": mask, "is_causal": is_causal}
+    check_seeded = make(2, 2, 70, 70, 32, dtype) | options
+    assert_op_as_accurate("attention", lambda **inputs: seeded(attention, **inputs), check_seeded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_dropout(seeded, dtype):
+    inputs = {"qkv": torch.randn(2, 70, 3 * 3 * 40).to(dtype).requires_grad_(), "num_heads": 3}
+    inputs |= {"dropout_p": 0.3, "dropout_seed": torch.tensor([5])}
+    assert_op_as_accurate("attention_packed", lambda **inputs: seeded(attention_packed, **inputs), inputs)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dropout_p", [1e-9, 0.1, 0.5, 0.999, 1 - 1e-9])
+def test_dropout_keeps_what_the_reference_keeps(seeded, dropout_p, seed):
+    """With equal scores and unit vectors as values the output shows which weights are kept, and dv which were."""
+    shape, seed = (2, 2, 133, 130), torch.tensor([seed])
+    keeps = reference.dropout_keeps(seed, dropout_p, shape)
+    q, k, v = torch.zeros(2, 2, 133, 130), torch.zeros(2, 2, 130, 130), torch.eye(130).expand(2, 2, 130, 130)
+    inputs = {"q": q, "k": k, "v": v.clone().requires_grad_(), "dropout_p": dropout_p, "dropout_seed": seed}
+    dout = torch.eye(133)[:, :130].expand(2, 2, 133, 130)
+    results = run_with_gradients(lambda **inputs: seeded(attention, **inputs), inputs, dout)
+    assert torch.equal(results["output"] != 0, keeps)
+    assert torch.equal(results["grad_v"] != 0, keeps.transpose(2, 3)[..., :130])
+
+
+def test_dropout_is_the_reference_with_the_same_generator():
+    inputs, results = make(2, 2, 33, 40, 32) | {"dropout_p": 0.4}, []
+    for backend in ("cpp", "reference", "cpp"):
+        torch.manual_seed(3)
+        with use_backend(backend):
+            results.append(run_with_gradients(ops.attention, inputs))
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-4, atol=1e-5)
+        assert torch.equal(value, results[2][name]), name
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_bits_of_dropout_do_not_depend_on_threads(seeded, dtype):
+    inputs = make(1, 3, 131, 131, 40, dtype) | {"dropout_p": 0.2, "dropout_seed": torch.tensor([5])}
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 5):
+        torch.set_num_threads(threads)
+        try:
+            results.append(run_with_gradients(lambda **inputs: seeded(attention, **inputs), inputs))
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(results[1][name], value) for name, value in results[0].items())
+
+
+def test_dropout_as_a_registered_op():
+    seed, mask = torch.tensor([5]), torch.rand(2, 1, 1, 20) > 0.2
+    fwd, packed_fwd = (getattr(torch.ops.fastvit, f"{name}_fwd").default for name in GENERAL)
+    heads = make(2, 2, 9, 20, 32)
+    torch.library.opcheck(fwd, (*heads.values(), *_heads.Flat(), mask, True, 0.2, seed, 0.2, "cpp"))
+    qkv = torch.randn(2, 9, 3 * 64, requires_grad=True)
+    torch.library.opcheck(packed_fwd, (qkv, *_heads.Flat(), 2, 0.2, seed, 0.2, "cpp"))
+
+
+def test_dropout_compiles_and_has_second_derivatives(seeded):
+    inputs = make(1, 2, 9, 20, 32)
+    options = {"dropout_p": 0.3, "dropout_seed": torch.tensor([5])}
+
+    def second(fn):
+        output = fn(**inputs, **options)
+        grads = torch.autograd.grad(output.square().sum(), inputs.values(), create_graph=True)
+        return output, *grads, *torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs.values())
+
+    ours, expected = second(lambda **inputs: seeded(attention, **inputs)), second(reference.attention)
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-4)
+    torch.compiler.reset()
+    compiled = torch.compile(ops.attention, fullgraph=True, backend="aot_eager")
+    plain = inputs | {"dropout_p": 0.3}
+    torch.manual_seed(3)
+    eager = run_with_gradients(ops.attention, plain)
+    torch.manual_seed(3)
+    for name, value in run_with_gradients(compiled, plain).items():
+        assert torch.equal(value, eager[name]), name
+
+
+def test_errors_of_dropout():
+    q, seed = torch.zeros(1, 2, 5, 16), torch.tensor([5])
+    with pytest.raises(ValueError, match=r"dropout_p is 1, expected a probability in \[0, 1\)"):
+        C.attention_general_fwd(q, q, q, None, False, 1.0, seed, 1.0, None)
+    with pytest.raises(ValueError, match=r"dropout_seed is Float \(1,\) on cpu, expected int64 \(1,\) on the CPU"):
+        C.attention_general_fwd(q, q, q, None, False, 0.5, seed.float(), 1.0, None)
+
+
 def test_refusals():
     inputs = {name: value.detach() for name, value in make(1, 2, 5, 5, 16).items()}
     with pytest.raises(Unsupported, match="attn_mask requires a gradient, cpp gives none"):
         attention(**inputs, attn_mask=torch.zeros(5, 5, requires_grad=True))
-    with pytest.raises(Unsupported, match=r"dropout_p is 0.5, cpp drops nothing"):
-        attention(**inputs, dropout_p=0.5)
     with pytest.raises(Unsupported, match=r"q is torch.float64, the kernels take float32"):
         attention(**{name: value.double() for name, value in inputs.items()})
 

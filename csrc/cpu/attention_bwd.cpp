@@ -15,12 +15,33 @@ namespace {
 constexpr int64_t KEY_BLOCK = 512;  // two (keys, 64) float32 tiles take 256 KB of L2
 
 struct AttentionBackward {
-  Heads dout, q, k, v, out;
-  ScoreMask mask;
-  bool causal;
-  float scale;
+  ReadHeads dout, q, k, v, out;
   const float *shifts, *inverse_sums;  // (B, H, Nq)
-  Heads dq, dk, dv;
+  WrittenHeads dq, dk, dv;
+  const ScoreRules& rules;
+};
+
+// One head of one sample.
+struct BackwardHead {
+  int64_t index;
+  ReadRows dout, q, k, v, out;
+  const float *shifts, *inverse_sums;  // (Nq)
+  WrittenRows dq, dk, dv;
+  const ScoreRules& rules;
+
+  BackwardHead(const AttentionBackward& args, int64_t index)
+      : index(index),
+        dout(args.dout.head(index)),
+        q(args.q.head(index)),
+        k(args.k.head(index)),
+        v(args.v.head(index)),
+        out(args.out.head(index)),
+        shifts(args.shifts + args.q.first_number(index)),
+        inverse_sums(args.inverse_sums + args.q.first_number(index)),
+        dq(args.dq.head(index)),
+        dk(args.dk.head(index)),
+        dv(args.dv.head(index)),
+        rules(args.rules) {}
 };
 
 // Rows of a head as the GEMMs read them: [panel][row][64] over the head dim as right operands, or transposed.
@@ -40,11 +61,11 @@ struct BackwardBuffers {
 
 // (dim, keys) of K, zeros behind the last key.
 template <class T>
-void transpose_keys(const Heads& k, int64_t head, float* sixteen, T* out, int64_t ld) {
+void transpose_keys(const ReadRows& k, float* sixteen, T* out, int64_t ld) {
   for (int64_t j0 = 0; j0 < k.tokens; j0 += LANES) {
     const int64_t count = std::min(LANES, k.tokens - j0);
     for (int64_t i = 0; i < count; ++i) {
-      scale_row(k.row(head, j0 + i), k.dtype(), k.dim, 1.0f, sixteen + i * k.dim, at::kFloat);
+      scale_row(k.row(j0 + i), k.dtype, k.dim, 1.0f, sixteen + i * k.dim, at::kFloat);
     }
     std::fill(sixteen + count * k.dim, sixteen + LANES * k.dim, 0.0f);
     transpose_rows16(sixteen, k.dim, out + j0, ld, c10::CppTypeToScalarType<T>::value);
@@ -52,15 +73,15 @@ void transpose_keys(const Heads& k, int64_t head, float* sixteen, T* out, int64_
 }
 
 template <class T>
-BackwardBuffers<T> load_head(const AttentionBackward& args, int64_t head, Scratch& scratch) {
-  const int64_t keys = args.k.tokens, dim = args.q.dim, width = round_up(dim, PANEL);
+BackwardBuffers<T> load_head(const BackwardHead& head, Scratch& scratch) {
+  const int64_t keys = head.k.tokens, dim = head.q.dim, width = round_up(dim, PANEL);
   BackwardBuffers<T> b;
   b.block = ceil_div(keys, ceil_div(keys, KEY_BLOCK));
   b.block = std::min(keys, round_up(b.block, LANES));
   b.k_ld = operand_ld<T>(keys);
-  b.k = head_operand<T>(args.k, head, {0, keys}, scratch.take<T>(args.k.operand_size<T>(keys)));
-  b.v = head_operand<T>(args.v, head, {0, keys}, scratch.take<T>(args.v.operand_size<T>(keys)));
-  b.operand = scratch.take<T>(std::max(args.q.operand_size<T>(PANEL), args.dout.operand_size<T>(PANEL)));
+  b.k = head_operand<T>(head.k, {0, keys}, scratch.take<T>(head.k.operand_size<T>(keys)));
+  b.v = head_operand<T>(head.v, {0, keys}, scratch.take<T>(head.v.operand_size<T>(keys)));
+  b.operand = scratch.take<T>(std::max(head.q.operand_size<T>(PANEL), head.dout.operand_size<T>(PANEL)));
   b.q = {scratch.take<T>(PANEL * width), scratch.take<T>(PANEL * padded_k<T>(dim))};
   b.dout = {scratch.take<T>(PANEL * width), scratch.take<T>(PANEL * padded_k<T>(dim))};
   b.scores = scratch.take<float>(b.block * PANEL);
@@ -71,9 +92,9 @@ BackwardBuffers<T> load_head(const AttentionBackward& args, int64_t head, Scratc
   b.shifts = scratch.take<float>(3 * PANEL);
   b.inverse_sums = b.shifts + PANEL;
   b.delta = b.inverse_sums + PANEL;
-  b.mask = scratch.take<float>(args.mask.given() ? b.block * 2 * PANEL : 0);
+  b.mask = scratch.take<float>(head.rules.mask.given() ? b.block * 2 * PANEL : 0);
   b.k_transposed = scratch.take<T>(dim * b.k_ld);
-  transpose_keys(args.k, head, scratch.take<float>(LANES * dim), b.k_transposed, b.k_ld);
+  transpose_keys(head.k, scratch.take<float>(LANES * dim), b.k_transposed, b.k_ld);
   if constexpr (sizeof(T) == 2) {
     b.weights = scratch.take<T>(b.block * PANEL);
     b.dscores = scratch.take<T>(b.block * PANEL);
@@ -83,8 +104,8 @@ BackwardBuffers<T> load_head(const AttentionBackward& args, int64_t head, Scratc
 }
 
 template <class T>
-void pack_queries(const Heads& x, int64_t head, Range queries, T* operand, const QueryPanels<T>& panels) {
-  const Operand<T> rows = head_operand<T>(x, head, queries, operand);
+void pack_queries(const ReadRows& x, Range queries, T* operand, const QueryPanels<T>& panels) {
+  const Operand<T> rows = head_operand<T>(x, queries, operand);
   pack_panel_transposed(rows.data, rows.ld, queries.size(), x.dim, panels.transposed);
   for (int64_t p = 0; p < ceil_div(x.dim, PANEL); ++p) {
     pack_panel(rows.data + p * PANEL, rows.ld, std::min(PANEL, x.dim - p * PANEL), queries.size(), nullptr,
@@ -94,24 +115,25 @@ void pack_queries(const Heads& x, int64_t head, Range queries, T* operand, const
 
 // Of 64 queries; zeros where there is none, which makes its weights zero.
 template <class T>
-void load_statistics(const AttentionBackward& args, int64_t head, Range queries, const BackwardBuffers<T>& b) {
-  const int64_t first = head * args.q.tokens + queries.begin, count = queries.size();
+void load_statistics(const BackwardHead& head, Range queries, const BackwardBuffers<T>& b) {
+  const int64_t count = queries.size();
   std::fill_n(b.shifts, 3 * PANEL, 0.0f);
-  std::copy_n(args.shifts + first, count, b.shifts);
-  std::copy_n(args.inverse_sums + first, count, b.inverse_sums);
-  row_dots(args.dout.row(head, queries.begin), args.dout.stride(), args.out.row(head, queries.begin), args.out.stride(),
-           args.q.dtype(), count, args.q.dim, b.delta);
+  std::copy_n(head.shifts + queries.begin, count, b.shifts);
+  std::copy_n(head.inverse_sums + queries.begin, count, b.inverse_sums);
+  row_dots(head.dout.row(queries.begin), head.dout.stride, head.out.row(queries.begin), head.out.stride, head.q.dtype,
+           count, head.q.dim, b.delta);
 }
 
 // The mask of a tile: one value a key, or (keys, 64).
-const float* load_mask(const AttentionBackward& args, int64_t head, Range queries, Range keys, float* buffer) {
-  if (!args.mask.given()) return nullptr;
-  if (args.mask.same_for_queries()) {
-    args.mask.row(head, queries.begin, keys, buffer);
+const float* load_mask(const BackwardHead& head, Range queries, Range keys, float* buffer) {
+  const ScoreMask& mask = head.rules.mask;
+  if (!mask.given()) return nullptr;
+  if (mask.same_for_queries()) {
+    mask.row(head.index, queries.begin, keys, buffer);
     return buffer;
   }
   float* rows = buffer + keys.size() * PANEL;
-  for (int64_t i = 0; i < queries.size(); ++i) args.mask.row(head, queries.begin + i, keys, rows + i * keys.size());
+  for (int64_t i = 0; i < queries.size(); ++i) mask.row(head.index, queries.begin + i, keys, rows + i * keys.size());
   transpose_panel(rows, keys.size(), queries.size(), keys.size(), buffer);
   return buffer;
 }
@@ -133,23 +155,23 @@ ScoreOperands<c10::BFloat16> finish_scores(const ScoreGradTile& tile, const Back
 
 // A block of keys against 64 queries.
 template <class T>
-void backward_tile(const AttentionBackward& args, int64_t head, Range queries, Range keys,
-                   const BackwardBuffers<T>& b) {
-  const int64_t dim = args.q.dim, columns = round_up(queries.size(), LANES), count = keys.size();
-  const int64_t depth = padded_k<T>(dim), step = sum_step(std::min(args.q.tokens, args.k.tokens));
+void backward_tile(const BackwardHead& head, Range queries, Range keys, const BackwardBuffers<T>& b) {
+  const ScoreRules& rules = head.rules;
+  const int64_t dim = head.q.dim, columns = round_up(queries.size(), LANES), count = keys.size();
+  const int64_t depth = padded_k<T>(dim), step = sum_step(std::min(head.q.tokens, head.k.tokens));
   gemm_panel<T>({b.k.data + keys.begin * b.k.ld, b.k.ld, b.q.transposed, b.scores, PANEL, count, depth, false, columns,
                  nullptr, true, step});
   gemm_panel<T>({b.v.data + keys.begin * b.v.ld, b.v.ld, b.dout.transposed, b.dweights, PANEL, count, depth, false,
                  columns, nullptr, true, step});
   const ScoreOperands<T> scores =
-      finish_scores({b.scores, b.dweights, count, columns, args.scale, b.shifts, b.inverse_sums, b.delta,
-                     load_mask(args, head, queries, keys, b.mask), args.mask.given() && args.mask.same_for_queries(),
-                     args.causal, keys.begin, queries.begin},
+      finish_scores({b.scores, b.dweights, count, columns, rules.scale, b.shifts, b.inverse_sums, b.delta,
+                     load_mask(head, queries, keys, b.mask), rules.mask.given() && rules.mask.same_for_queries(),
+                     rules.causal, keys.begin, queries.begin, rules.dropout, head.index},
                     b);
   const int64_t query_k = padded_k<T>(queries.size());
-  const bool add = args.causal || queries.begin > 0;
+  const bool add = rules.causal || queries.begin > 0;
   for (int64_t p = 0; p < ceil_div(dim, PANEL); ++p) {
-    const int64_t at = (p * args.k.tokens + keys.begin) * PANEL, width = tile_columns(dim, p);
+    const int64_t at = (p * head.k.tokens + keys.begin) * PANEL, width = tile_columns(dim, p);
     gemm_tile({scores.weights, PANEL, b.dout.rows + p * PANEL * PANEL, b.dv + at, PANEL, count, query_k, add, width});
     gemm_tile({scores.dscores, PANEL, b.q.rows + p * PANEL * PANEL, b.dk + at, PANEL, count, query_k, add, width});
   }
@@ -157,37 +179,35 @@ void backward_tile(const AttentionBackward& args, int64_t head, Range queries, R
              keys.begin > 0, columns, nullptr, /*packed=*/false, sum_step(dim)});
 }
 
-void store_rows(const float* sums, const Heads& out, int64_t head) {
-  char* rows = static_cast<char*>(out.mutable_row(head, 0));
+void store_rows(const float* sums, const WrittenRows& out) {
   for (int64_t p = 0; p < ceil_div(out.dim, PANEL); ++p) {
     store_biased({sums + p * out.tokens * PANEL, PANEL, out.tokens, std::min(PANEL, out.dim - p * PANEL), ZEROS},
-                 {rows + p * PANEL * out.tensor.element_size(), out.stride(), out.dtype()});
+                 {out.data + p * PANEL * out.item(), out.stride, out.dtype});
   }
 }
 
 template <class T>
-void backward_head(const AttentionBackward& args, int64_t head) {
-  const int64_t tokens = args.q.tokens, all_keys = args.k.tokens;
+void backward_head(const BackwardHead& head) {
+  const int64_t tokens = head.q.tokens, all_keys = head.k.tokens;
   Scratch scratch;
-  const BackwardBuffers<T> b = load_head<T>(args, head, scratch);
-  if (args.causal) {
-    std::fill_n(b.dk, all_keys * round_up(args.k.dim, PANEL), 0.0f);
-    std::fill_n(b.dv, all_keys * round_up(args.k.dim, PANEL), 0.0f);
+  const BackwardBuffers<T> b = load_head<T>(head, scratch);
+  if (head.rules.causal) {
+    std::fill_n(b.dk, all_keys * round_up(head.k.dim, PANEL), 0.0f);
+    std::fill_n(b.dv, all_keys * round_up(head.k.dim, PANEL), 0.0f);
   }
   for (int64_t q0 = 0; q0 < tokens; q0 += PANEL) {
     const Range queries{q0, std::min(tokens, q0 + PANEL)};
-    pack_queries(args.q, head, queries, b.operand, b.q);
-    pack_queries(args.dout, head, queries, b.operand, b.dout);
-    load_statistics(args, head, queries, b);
-    const int64_t keys = args.causal ? std::min(all_keys, round_up(queries.end, PANEL)) : all_keys;
+    pack_queries(head.q, queries, b.operand, b.q);
+    pack_queries(head.dout, queries, b.operand, b.dout);
+    load_statistics(head, queries, b);
+    const int64_t keys = head.rules.causal ? std::min(all_keys, round_up(queries.end, PANEL)) : all_keys;
     for (int64_t k0 = 0; k0 < keys; k0 += b.block) {
-      backward_tile(args, head, queries, {k0, std::min(keys, k0 + b.block)}, b);
+      backward_tile(head, queries, {k0, std::min(keys, k0 + b.block)}, b);
     }
-    store_transposed(
-        {b.dq, args.q.dim, queries.size(), nullptr, args.dq.mutable_row(head, q0), args.dq.stride(), args.dq.dtype()});
+    store_transposed({b.dq, head.q.dim, queries.size(), nullptr, head.dq.row(q0), head.dq.stride, head.dq.dtype});
   }
-  store_rows(b.dk, args.dk, head);
-  store_rows(b.dv, args.dv, head);
+  store_rows(b.dk, head.dk);
+  store_rows(b.dv, head.dv);
   gemm_release<T>();
 }
 
@@ -199,45 +219,76 @@ void check_gradient(const char* name, const Tensor& grad, const Tensor& like, co
                     " in its last dimension, expected 1");
 }
 
+// The tensors of a backward call.
+struct Gradients {
+  const Tensor &dout, &q, &k, &v, &out, &dq, &dk, &dv;
+};
+
+void check_gradients(const Gradients& t) {
+  constexpr const char* op = "attention";
+  check_shape(op, "dout", t.dout, t.q.sizes(), "like q");
+  check_same_dtype(op, "dout", t.dout, "q", t.q);
+  check_shape(op, "out", t.out, t.q.sizes(), "like q");
+  check_same_dtype(op, "out", t.out, "q", t.q);
+  check_gradient("dq", t.dq, t.q, "like q");
+  check_gradient("dk", t.dk, t.k, "like k");
+  check_gradient("dv", t.dv, t.v, "like v");
+}
+
+const float* checked_statistics(const char* name, const Tensor& values, at::IntArrayRef sizes) {
+  constexpr const char* op = "attention";
+  check_shape(op, name, values, sizes, "like q");
+  TORCH_CHECK_VALUE(values.scalar_type() == at::kFloat && values.is_contiguous(), op, ": ", name, " has dtype ",
+                    values.scalar_type(), ", expected contiguous float32");
+  return values.const_data_ptr<float>();
+}
+
+void backward(const Gradients& t, const ScoreRules& rules, at::IntArrayRef bounds, const float* shifts,
+              const float* inverse_sums) {
+  if (t.q.numel() == 0) {
+    t.dk.zero_();
+    t.dv.zero_();
+    return;
+  }
+  const auto read = [&](const Tensor& tensor) { return ReadHeads(tensor, bounds); };
+  const auto written = [&](const Tensor& tensor) { return WrittenHeads(tensor, bounds); };
+  const AttentionBackward args{read(t.dout), read(t.q),     read(t.k),     read(t.v),     read(t.out), shifts,
+                               inverse_sums, written(t.dq), written(t.dk), written(t.dv), rules};
+  const std::vector<int64_t> samples = longest_first(args.q, args.k);
+  const int64_t count = args.q.heads();
+  with_compute_type(compute_dtype(t.q.scalar_type()), [&]<class T>(T) {
+    parallel_tasks(static_cast<int64_t>(samples.size()) * count,
+                   [&](int64_t i) { backward_head<T>(BackwardHead(args, samples[i / count] * count + i % count)); });
+  });
+}
+
 }  // namespace
 
 void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                    const OptionalTensor& attn_mask, bool is_causal, const Tensor& out, const Tensor& statistics,
                    double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
-  constexpr const char* op = "attention";
   const NoAutograd no_autograd;
   check_attention(q, k, v, attn_mask);
-  check_shape(op, "dout", dout, q.sizes(), "like q");
-  check_same_dtype(op, "dout", dout, "q", q);
-  check_shape(op, "out", out, q.sizes(), "like q");
-  check_same_dtype(op, "out", out, "q", q);
-  check_shape(op, "statistics", statistics, {2, q.size(0), q.size(1), q.size(2)}, "like q");
-  TORCH_CHECK_VALUE(statistics.scalar_type() == at::kFloat && statistics.is_contiguous(), op, ": statistics has dtype ",
-                    statistics.scalar_type(), ", expected contiguous float32");
-  check_gradient("dq", dq, q, "like q");
-  check_gradient("dk", dk, k, "like k");
-  check_gradient("dv", dv, v, "like v");
-  if (q.numel() == 0) {
-    dk.zero_();
-    dv.zero_();
-    return;
-  }
-  const AttentionBackward args{Heads(dout),
-                               Heads(q),
-                               Heads(k),
-                               Heads(v),
-                               Heads(out),
-                               ScoreMask(attn_mask, {q.size(0), q.size(1), q.size(2), k.size(2)}),
-                               is_causal,
-                               static_cast<float>(scale),
-                               statistics[0].const_data_ptr<float>(),
-                               statistics[1].const_data_ptr<float>(),
-                               Heads(dq),
-                               Heads(dk),
-                               Heads(dv)};
-  with_compute_type(compute_dtype(q.scalar_type()), [&]<class T>(T) {
-    parallel_tasks(args.q.count(), [&](int64_t head) { backward_head<T>(args, head); });
-  });
+  const Gradients tensors{dout, q, k, v, out, dq, dk, dv};
+  check_gradients(tensors);
+  const float* numbers = checked_statistics("statistics", statistics, {2, q.size(0), q.size(1), q.size(2)});
+  const ScoreRules rules = score_rules(q, k, attn_mask, is_causal, scale);
+  backward(tensors, rules, {}, numbers, numbers + statistics.numel() / 2);
+}
+
+void attention_general_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                           const Tensor& shifts, const Tensor& inverse_sums, const OptionalTensor& attn_mask,
+                           bool is_causal, double dropout_p, const OptionalTensor& dropout_seed, double scale,
+                           const OptionalTensor& cu_seqlens, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+  const NoAutograd no_autograd;
+  check_attention(q, k, v, attn_mask, present(cu_seqlens));
+  const std::vector<int64_t> bounds = check_bounds(q, k, attn_mask, cu_seqlens);
+  const Gradients tensors{dout, q, k, v, out, dq, dk, dv};
+  check_gradients(tensors);
+  const std::vector<int64_t> sizes{q.size(0), q.size(1), q.size(2)};
+  const ScoreRules rules = score_rules(q, k, attn_mask, is_causal, scale, Dropout(dropout_p, dropout_seed));
+  backward(tensors, rules, bounds, checked_statistics("shifts", shifts, sizes),
+           checked_statistics("inverse_sums", inverse_sums, sizes));
 }
 
 }  // namespace fastvit::cpu

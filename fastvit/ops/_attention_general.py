@@ -1,6 +1,8 @@
-"""The Triton attention kernels with options (mask, causal order, dropout, norms, rotation) as ops of their own.
+"""The attention kernels with options as ops of their own: Triton's with any, the C++ core with dropout.
 
-Plain calls do not pass here, so their schema, saved tensors and cost stay what they are.
+Plain calls do not pass here, so their schema, saved tensors and cost stay what they are. The C++ core is given rows
+that are normalised and rotated, and saves two numbers a row where Triton has the parts of the log-sum-exp: what the
+scores are shifted by, and the reciprocal of the sum of their exponentials.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import HeadNorm, Rope
-from . import _heads, _register
+from . import _contract, _heads, _register
 from .layernorm_linear import keep
 
 NAME = "attention_general"
@@ -26,14 +28,15 @@ def run(
     is_causal: bool,
     dropout_p: float,
     scale: float,
-    q_norm: HeadNorm | None,
-    k_norm: HeadNorm | None,
-    rope: Rope | None,
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
+    rope: Rope | None = None,
+    backend: str = "triton",
 ) -> Tensor:
-    """``fastvit.ops.attention`` on Triton; the seed of the dropout is the next number of PyTorch's generator."""
+    """``fastvit.ops.attention``; the seed of the dropout is the next number of PyTorch's generator."""
     seed = draw_seed(q.device) if dropout_p > 0.0 else None
     flat = _heads.flat(q_norm, k_norm, rope)
-    return _fwd_op(q, k, v, *flat, attn_mask, is_causal, dropout_p, seed, scale, "triton")[0]
+    return _fwd_op(q, k, v, *flat, attn_mask, is_causal, dropout_p, seed, scale, backend)[0]
 
 
 def run_packed(
@@ -41,13 +44,14 @@ def run_packed(
     num_heads: int,
     dropout_p: float,
     scale: float,
-    q_norm: HeadNorm | None,
-    k_norm: HeadNorm | None,
-    rope: Rope | None,
+    q_norm: HeadNorm | None = None,
+    k_norm: HeadNorm | None = None,
+    rope: Rope | None = None,
+    backend: str = "triton",
 ) -> Tensor:
-    """``fastvit.ops.attention_packed`` with options on Triton."""
+    """``fastvit.ops.attention_packed`` with options."""
     seed = draw_seed(qkv.device) if dropout_p > 0.0 else None
-    return _packed_fwd_op(qkv, *_heads.flat(q_norm, k_norm, rope), num_heads, dropout_p, seed, scale, "triton")[0]
+    return _packed_fwd_op(qkv, *_heads.flat(q_norm, k_norm, rope), num_heads, dropout_p, seed, scale, backend)[0]
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -103,8 +107,14 @@ def _options(flat, scale, attn_mask=None, is_causal=False, dropout_p=0.0, dropou
     return kernels().Options(scale, attn_mask, is_causal, dropout_p, dropout_seed, preparation=preparation)
 
 
+def cpp():
+    return _contract.compiled("cpp")
+
+
 def _fwd(q, k, v, *rest):
-    *flat, attn_mask, is_causal, dropout_p, dropout_seed, scale, _ = rest
+    *flat, attn_mask, is_causal, dropout_p, dropout_seed, scale, backend = rest
+    if backend == "cpp":
+        return cpp().attention_general_fwd(q, k, v, attn_mask, is_causal, dropout_p, dropout_seed, scale, None)
     options = _options(flat, scale, attn_mask, is_causal, dropout_p, dropout_seed)
     return kernels().attention_general_fwd(q, k, v, options)
 
@@ -114,13 +124,22 @@ def _fwd_fake(q, k, v, *rest):
 
 
 def _bwd(dout, q, k, v, out, top, log, *rest):
-    *flat, attn_mask, is_causal, dropout_p, dropout_seed, scale, _ = rest
-    dq, dk, dv = tokens_first(q), tokens_first(k), tokens_first(v)
+    grads = tokens_first(q), tokens_first(k), tokens_first(v)
+    return *grads, *_launch_bwd(dout, q, k, v, out, top, log, *rest, grads=grads)
+
+
+def _launch_bwd(dout, q, k, v, out, top, log, *rest, grads):
+    """Write dq, dk, dv; return the gradients of the norms' weights."""
+    *flat, attn_mask, is_causal, dropout_p, dropout_seed, scale, backend = rest
+    if backend == "cpp":
+        plain = (attn_mask, is_causal, dropout_p, dropout_seed, scale, None)
+        cpp().attention_general_bwd(dout, q, k, v, out, top, log, *plain, *grads)
+        return _heads.no_weight_gradients(top)
     if q.numel() == 0:
-        dk.zero_(), dv.zero_()
+        grads[1].zero_(), grads[2].zero_()
     options = _options(flat, scale, attn_mask, is_causal, dropout_p, dropout_seed)
-    sums = kernels().attention_general_bwd(dout, q, k, v, out, top, log, options, dq, dk, dv)
-    return dq, dk, dv, *_heads.weight_gradients(sums, flat[:4])
+    sums = kernels().attention_general_bwd(dout, q, k, v, out, top, log, options, *grads)
+    return _heads.weight_gradients(sums, flat[:4])
 
 
 def _bwd_fake(dout, q, k, v, out, top, log, *rest):
@@ -128,10 +147,9 @@ def _bwd_fake(dout, q, k, v, out, top, log, *rest):
 
 
 def _packed_fwd(qkv, *rest):
-    *flat, num_heads, dropout_p, dropout_seed, scale, _ = rest
-    q, k, v = reference.unpack_qkv(qkv, num_heads)
-    options = _options(flat, scale, dropout_p=dropout_p, dropout_seed=dropout_seed)
-    out, top, log = kernels().attention_general_fwd(q, k, v, options)
+    *flat, num_heads, dropout_p, dropout_seed, scale, backend = rest
+    heads = reference.unpack_qkv(qkv, num_heads)
+    out, top, log = _fwd(*heads, *flat, None, False, dropout_p, dropout_seed, scale, backend)
     return out.transpose(1, 2).flatten(2), top, log
 
 
@@ -142,13 +160,12 @@ def _packed_fwd_fake(qkv, *rest):
 
 
 def _packed_bwd(dout, qkv, out, top, log, *rest):
-    *flat, num_heads, dropout_p, dropout_seed, scale, _ = rest
+    *flat, num_heads, dropout_p, dropout_seed, scale, backend = rest
     dqkv = qkv.new_empty(qkv.shape)
     dout, out = (tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2) for tokens in (dout, out))
-    options = _options(flat, scale, dropout_p=dropout_p, dropout_seed=dropout_seed)
     heads, grads = reference.unpack_qkv(qkv, num_heads), reference.unpack_qkv(dqkv, num_heads)
-    sums = kernels().attention_general_bwd(dout, *heads, out, top, log, options, *grads)
-    return dqkv, *_heads.weight_gradients(sums, flat[:4])
+    options = (*flat, None, False, dropout_p, dropout_seed, scale, backend)
+    return dqkv, *_launch_bwd(dout, *heads, out, top, log, *options, grads=grads)
 
 
 def _packed_bwd_fake(dout, qkv, out, top, log, *rest):

@@ -119,6 +119,11 @@ def weight_gradients(sums: tuple[Tensor, Tensor], weights: Sequence[Tensor | Non
     )
 
 
+def no_weight_gradients(some: Tensor) -> tuple[Tensor, ...]:
+    """Those of a backend that is given rows which are prepared already."""
+    return tuple(some.new_empty(0, dtype=torch.float32) for _ in WEIGHTS)
+
+
 def fake_weight_gradients(some: Tensor, weights: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     return tuple(
         some.new_empty(0, dtype=torch.float32) if weight is None else torch.empty_like(weight) for weight in weights

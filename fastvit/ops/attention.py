@@ -375,8 +375,6 @@ def _why_not_cpp(q, k, v, attn_mask, is_causal, dropout_p, scale, *heads, name="
     reasons = _contract.why_not_compiled("cpp", q, q, name)
     if attn_mask is not None and attn_mask.requires_grad:
         reasons.append("attn_mask requires a gradient, cpp gives none")
-    if dropout_p > 0.0:
-        reasons.append(f"dropout_p is {dropout_p}, cpp drops nothing")
     return reasons
 
 
@@ -390,13 +388,18 @@ def _prepared(q, k, q_norm=None, k_norm=None, rope=None):
 
 
 def _run_cpp(q, k, v, attn_mask, is_causal, dropout_p, scale, *heads):
-    return _fwd_op(*_prepared(q, k, *heads), v, attn_mask, is_causal, scale, "cpp")[0]
+    q, k = _prepared(q, k, *heads)
+    if dropout_p > 0.0:
+        return _attention_general.run(q, k, v, attn_mask, is_causal, dropout_p, scale, backend="cpp")
+    return _fwd_op(q, k, v, attn_mask, is_causal, scale, "cpp")[0]
 
 
 def _run_cpp_packed(qkv, num_heads, dropout_p, scale, *heads):
     if any(part is not None for part in heads):
         q, k, v = reference.unpack_qkv(qkv, num_heads)
         return _run_cpp(q, k, v, None, False, dropout_p, scale, *heads).transpose(1, 2).flatten(2)
+    if dropout_p > 0.0:
+        return _attention_general.run_packed(qkv, num_heads, dropout_p, scale, backend="cpp")
     return _packed_fwd_op(qkv, num_heads, scale, "cpp")[0]
 
 

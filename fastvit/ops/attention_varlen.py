@@ -12,8 +12,8 @@ from .. import reference
 from ..dispatch import Backend, Op
 from ..reference import HeadNorm, Rope
 from . import _contract, _heads, _register
-from ._attention_general import backward, draw_seed, kernels, meaning, setup_context
-from .attention import _prepared, _reference_dropout, _run_torch, _why_not_triton
+from ._attention_general import backward, cpp, draw_seed, kernels, meaning, setup_context
+from .attention import _prepared, _reference_dropout, _run_torch, _why_not_cpp, _why_not_triton
 
 NAME = "attention_varlen"
 
@@ -102,8 +102,17 @@ def _options(*flat_and_rest):
     return kernels().Options(scale, None, is_causal, dropout_p, dropout_seed, *ragged)
 
 
+def _cpp_options(*flat_and_rest):
+    cu_seqlens, _, is_causal, dropout_p, dropout_seed, scale, _ = flat_and_rest[len(_heads.NAMES) :]
+    return None, is_causal, dropout_p, dropout_seed, scale, cu_seqlens
+
+
 def _fwd(q, k, v, *rest):
-    out, top, log = kernels().attention_general_fwd(_as_heads(q), _as_heads(k), _as_heads(v), _options(*rest))
+    rows = [_as_heads(tensor) for tensor in (q, k, v)]
+    if rest[-1] == "cpp":
+        out, top, log = cpp().attention_general_fwd(*rows, *_cpp_options(*rest))
+    else:
+        out, top, log = kernels().attention_general_fwd(*rows, _options(*rest))
     return out[0].transpose(0, 1), top[0], log[0]
 
 
@@ -115,6 +124,10 @@ def _fwd_fake(q, k, v, *rest):
 def _bwd(dout, q, k, v, out, top, log, *rest):
     grads = [tensor.new_empty(tensor.shape) for tensor in (q, k, v)]
     rows = [_as_heads(tensor) for tensor in (dout, q, k, v, out)]
+    if rest[-1] == "cpp":
+        statistics, heads = (top[None], log[None]), map(_as_heads, grads)
+        cpp().attention_general_bwd(*rows, *statistics, *_cpp_options(*rest), *heads)
+        return *grads, *_heads.no_weight_gradients(top)
     sums = kernels().attention_general_bwd(*rows, top[None], log[None], _options(*rest), *map(_as_heads, grads))
     return *grads, *_heads.weight_gradients(sums, rest[:4])
 
@@ -158,20 +171,40 @@ _register.register_double_backward(
 )
 
 
+def _why_not_cpp_varlen(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale, *heads):
+    return _why_not_cpp(q, k, v, None, is_causal, dropout_p, scale)
+
+
 def _why_not(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale, *heads):
     return _why_not_triton(_as_heads(q), _as_heads(k), _as_heads(v), None, is_causal, dropout_p, scale, *heads)
 
 
-def _run_triton(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale, *heads):
+def _run_triton(q, k, v, *rest_and_heads):
+    *rest, q_norm, k_norm, rope = rest_and_heads
+    return _run_kernels("triton", q, k, v, _heads.flat(q_norm, k_norm, rope), *rest)
+
+
+def _run_cpp(q, k, v, *rest_and_heads):
+    *rest, q_norm, k_norm, rope = rest_and_heads
+    q, k = _prepared_rows(q, k, q_norm, k_norm, rope)
+    return _run_kernels("cpp", q, k, v, _heads.Flat(), *rest)
+
+
+def _run_kernels(backend, q, k, v, flat, cu_seqlens, max_seqlen, is_causal, dropout_p, scale):
     seed = draw_seed(q.device) if dropout_p > 0.0 else None
-    flat = _heads.flat(*heads)
-    return _fwd_op(q, k, v, *flat, cu_seqlens, max_seqlen, is_causal, dropout_p, seed, scale, "triton")[0]
+    return _fwd_op(q, k, v, *flat, cu_seqlens, max_seqlen, is_causal, dropout_p, seed, scale, backend)[0]
+
+
+def _prepared_rows(q, k, *heads):
+    if all(part is None for part in heads):
+        return q, k
+    return (t.transpose(0, 1) for t in _prepared(q.transpose(0, 1), k.transpose(0, 1), *heads))
 
 
 def _run_padded(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale, *heads):
     """Padded: shapes that do not depend on cu_seqlens need no look at its values."""
     rows = q.shape[0]
-    q, k = (t.transpose(0, 1) for t in _prepared(q.transpose(0, 1), k.transpose(0, 1), *heads))
+    q, k = _prepared_rows(q, k, *heads)
     (q, k, v), mask = reference.pad_samples((q, k, v), cu_seqlens, max_seqlen)
     out = _run_torch(q, k, v, mask, is_causal, dropout_p, scale)
     return reference.unpad_samples(out, cu_seqlens, rows)
@@ -186,6 +219,7 @@ def _run_reference(q, k, v, cu_seqlens, max_seqlen, is_causal, dropout_p, scale,
 OP = Op(
     NAME,
     Backend("triton", _run_triton, _why_not, ("cuda",)),
+    Backend("cpp", _run_cpp, _why_not_cpp_varlen, ("cpu",)),
     Backend("torch", _run_padded),
     Backend("reference", _run_reference),
 )

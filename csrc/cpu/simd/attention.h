@@ -2,6 +2,7 @@
 #pragma once
 
 #include "math.h"
+#include "philox.h"
 
 namespace fastvit::cpu::FASTVIT_ISA {
 
@@ -20,7 +21,7 @@ FASTVIT_INLINE f32x16 score_at(const SoftmaxRows& block, const float* scores, co
   return first_lanes(score, left, -INF);
 }
 
-template <class S, bool MASKED>
+template <class S, bool MASKED, bool DROPS>
 FASTVIT_INLINE void softmax_row(const SoftmaxRows& block, int64_t r) {
   const int64_t visible = block.causal ? std::min(block.keys, block.first_query + r + 1) : block.keys;
   float* scores = block.scores + r * block.ld;
@@ -39,8 +40,13 @@ FASTVIT_INLINE void softmax_row(const SoftmaxRows& block, int64_t r) {
   for (; key < visible; key += LANES) {
     const int64_t left = visible - key;
     const f32x16 score = MASKED ? load16(scores + key) : first_lanes(load16(scores + key) * block.scale, left, -INF);
-    const f32x16 weight = exp16(score - shift);
+    f32x16 weight = exp16(score - shift);
     sums += weight;
+    if constexpr (DROPS) {
+      const u32x16 keys = lane_numbers() + u32x16(static_cast<uint32_t>(key));
+      weight =
+          select(kept(block.dropout, keys, static_cast<uint32_t>(block.first_query + r), block.head), weight, 0.0f);
+    }
     store16(weights + key, weight);
   }
   for (; key < block.keys; key += LANES) store16(weights + key, f32x16{});
@@ -49,14 +55,23 @@ FASTVIT_INLINE void softmax_row(const SoftmaxRows& block, int64_t r) {
   block.shifts[r] = shift;
 }
 
-template <class S>
-FASTVIT_INLINE void softmax_rows_as(const SoftmaxRows& block) {
+template <class S, bool DROPS>
+FASTVIT_INLINE void softmax_each_row(const SoftmaxRows& block) {
   for (int64_t r = 0; r < block.rows; ++r) {
     if (block.mask) {
-      softmax_row<S, true>(block, r);
+      softmax_row<S, true, DROPS>(block, r);
     } else {
-      softmax_row<S, false>(block, r);
+      softmax_row<S, false, DROPS>(block, r);
     }
+  }
+}
+
+template <class S>
+FASTVIT_INLINE void softmax_rows_as(const SoftmaxRows& block) {
+  if (block.dropout.given) {
+    softmax_each_row<S, true>(block);
+  } else {
+    softmax_each_row<S, false>(block);
   }
 }
 
@@ -86,6 +101,7 @@ struct ScoreGrad {
   f32x16 weight, dscore;
 };
 
+template <bool DROPS>
 FASTVIT_INLINE ScoreGrad score_grad(const ScoreGradTile& tile, int64_t key, int64_t column) {
   const int64_t at = key * PANEL + column;
   f32x16 score = load16(tile.scores + at) * tile.scale;
@@ -95,7 +111,14 @@ FASTVIT_INLINE ScoreGrad score_grad(const ScoreGradTile& tile, int64_t key, int6
     score = select(first(std::clamp<int64_t>(hidden, 0, LANES)), -INF, score);
   }
   const f32x16 weight = exp16(score - load16(tile.shifts + column)) * load16(tile.inverse_sums + column);
-  return {weight, weight * (load16(tile.dweights + at) - load16(tile.delta + column)) * tile.scale};
+  f32x16 dweight = load16(tile.dweights + at), dropped = weight;
+  if constexpr (DROPS) {
+    const u32x16 queries = lane_numbers() + u32x16(static_cast<uint32_t>(tile.first_query + column));
+    const u32x16 keep = kept(tile.dropout, static_cast<uint32_t>(tile.first_key + key), queries, tile.head);
+    dweight = select(keep, dweight * tile.dropout.scale, 0.0f);
+    dropped = select(keep, weight * tile.dropout.scale, 0.0f);
+  }
+  return {dropped, weight * (dweight - load16(tile.delta + column)) * tile.scale};
 }
 
 // Two bfloat16 rows, and the same with the rows' values side by side.
@@ -121,28 +144,40 @@ void row_dots(const void* a, int64_t a_stride, const void* b, int64_t b_stride, 
   FASTVIT_BY_DTYPE(dtype, row_dots_as, a, a_stride, b, b_stride, rows, n, out);
 }
 
-void score_gradients(const ScoreGradTile& tile) {
+template <bool DROPS>
+FASTVIT_INLINE void score_gradients_as(const ScoreGradTile& tile) {
   for (int64_t key = 0; key < tile.keys; ++key) {
     for (int64_t column = 0; column < tile.columns; column += LANES) {
-      const ScoreGrad grad = score_grad(tile, key, column);
+      const ScoreGrad grad = score_grad<DROPS>(tile, key, column);
       store16(tile.scores + key * PANEL + column, grad.weight);
       store16(tile.dweights + key * PANEL + column, grad.dscore);
     }
   }
 }
 
-void score_gradients_bf16(const ScoreGradTile& tile, c10::BFloat16* weights, c10::BFloat16* dscores,
-                          c10::BFloat16* pairs) {
+template <bool DROPS>
+FASTVIT_INLINE void score_gradients_bf16_as(const ScoreGradTile& tile, c10::BFloat16* weights, c10::BFloat16* dscores,
+                                            c10::BFloat16* pairs) {
   for (int64_t key = 0; key < tile.keys; key += 2) {
     const int64_t next = key + 1 < tile.keys ? PANEL : 0;
     for (int64_t column = 0; column < tile.columns; column += LANES) {
       const int64_t at = key * PANEL + column;
-      const ScoreGrad even = score_grad(tile, key, column);
-      const ScoreGrad odd = next ? score_grad(tile, key + 1, column) : ScoreGrad{};
+      const ScoreGrad even = score_grad<DROPS>(tile, key, column);
+      const ScoreGrad odd = next ? score_grad<DROPS>(tile, key + 1, column) : ScoreGrad{};
       store_pair(even.weight, odd.weight, weights + at, next, nullptr);
       store_pair(even.dscore, odd.dscore, dscores + at, next, pairs + key * PANEL + 2 * column);
     }
   }
+}
+
+void score_gradients(const ScoreGradTile& tile) {
+  tile.dropout.given ? score_gradients_as<true>(tile) : score_gradients_as<false>(tile);
+}
+
+void score_gradients_bf16(const ScoreGradTile& tile, c10::BFloat16* weights, c10::BFloat16* dscores,
+                          c10::BFloat16* pairs) {
+  tile.dropout.given ? score_gradients_bf16_as<true>(tile, weights, dscores, pairs)
+                     : score_gradients_bf16_as<false>(tile, weights, dscores, pairs);
 }
 
 }  // namespace fastvit::cpu::FASTVIT_ISA

@@ -145,13 +145,16 @@ FASTVIT_INLINE void add_lanes(double* total, f64x16 sum) {
   }
 }
 
-// The mask of the first `count` lanes.
-FASTVIT_INLINE u32x16 first(int64_t count) {
+// 0, 1, ..., 15
+FASTVIT_INLINE u32x16 lane_numbers() {
   constexpr uint32_t index[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   u32x16 lane;
   FASTVIT_EACH_PART __builtin_memcpy(&lane.part[i], index + i * REGISTER, sizeof(words));
-  return lane < u32x16(static_cast<uint32_t>(count));
+  return lane;
 }
+
+// The mask of the first `count` lanes.
+FASTVIT_INLINE u32x16 first(int64_t count) { return lane_numbers() < u32x16(static_cast<uint32_t>(count)); }
 
 FASTVIT_INLINE f32x16 load16(const float* src) {
   f32x16 value;
