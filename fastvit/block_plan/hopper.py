@@ -6,6 +6,7 @@ In training it also returns what the backward reads, which block_bwd.cpp does.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -178,27 +179,13 @@ def backward(step: Any, dout: Tensor, x: Tensor, saved: Any, weights: Any) -> tu
         found = _find_backward(key, step, biases, qkv, attended, softmax)
     if found is None or found.is_watched():
         return None
-    (
-        norm1_weight,
-        norm1_bias,
-        qkv_weight,
-        _,
-        proj_weight,
-        _,
-        _,
-        norm2_weight,
-        norm2_bias,
-        fc1_weight,
-        _,
-        fc2_weight,
-        *_,
-    ) = weights
-    linears = (norm1_weight, norm1_bias, qkv_weight, proj_weight, norm2_weight, norm2_bias, fc1_weight, fc2_weight)
-    grads = _cuda.ops.block_bwd(dout, x, *saved, *linears, found.plan)
+    grads = _cuda.ops.block_bwd(dout, x, *saved, *_read_by_backward(weights), found.plan)
     return (*grads[:7], None, *grads[7:], None) if grads else None
 
 
-_BIASES = (3, 5, 10, 12)  # of a block's parameters, those of its linear layers
+# Of a block's parameters: the biases of its linear layers; the norms' weights and biases and the linear layers' weights
+_BIASES = (3, 5, 10, 12)
+_read_by_backward = itemgetter(0, 1, 2, 4, 7, 8, 9, 11)
 
 
 def _find_backward(
