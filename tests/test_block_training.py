@@ -193,7 +193,8 @@ def test_lean_memory(nodes):
 def saved_bytes(call, x, made):
     """Of what is kept for the backward, but for inputs and parameters."""
     known = {x.data_ptr(), *(p.data_ptr() for p in made.parameters())}
-    kept, seen, nodes = {}, set(), [call(x).grad_fn]
+    out = call(x)  # which keeps the nodes' tensors
+    kept, seen, nodes = {}, set(), [out.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:
