@@ -10,6 +10,7 @@ import cuda_on_cpu
 import pytest
 import torch
 from block_plans import by_ops, runs_of_plans
+from block_training import counted
 from hopper_attention import stand_in
 
 from fastvit import block_plan, fused, layers, use_backend
@@ -116,11 +117,7 @@ def test_on_another_stream_and_in_a_graph(device, planned):
 @pytest.fixture
 def backwards(monkeypatch):
     """Whether each backward that might be one call was."""
-    ran, backward = [], block_plan.hopper.backward
-    monkeypatch.setattr(
-        block_plan.hopper, "backward", lambda *args: [grads := backward(*args), ran.append(grads is not None)][0]
-    )
-    return ran
+    return counted(monkeypatch, "backward")
 
 
 def gradients(made, x):

@@ -2,10 +2,10 @@
 
 from contextlib import ExitStack, nullcontext
 
-import cuda_on_cpu
 import pytest
 import torch
-from block_plans import OPTIONS, block, by_ops
+from block_plans import block, by_ops
+from block_training import BF16, F16, F32, MORE, Around, assert_same_step, on_hopper, step, wanting
 from test_host_path import WIDTH, tokens
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -14,17 +14,6 @@ from torch.utils.checkpoint import checkpoint
 import fastvit
 from fastvit import block_plan, fused, layers
 from fastvit.dispatch import OPS, explaining, recording, use_backend
-
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-def _on_hopper(monkeypatch):
-    pytest.importorskip("triton", reason="triton is not installed")
-    if cuda_on_cpu.why_not():
-        pytest.skip(cuda_on_cpu.why_not())
-    from hopper_on_cpu import hopper
-
-    return hopper()
 
 
 def _on_cpu(monkeypatch):
@@ -35,7 +24,7 @@ def _on_cpu(monkeypatch):
     return nullcontext()
 
 
-WAYS = {"cpp": _on_cpu, "hopper": _on_hopper}
+WAYS = {"cpp": _on_cpu, "hopper": lambda monkeypatch: on_hopper()}
 
 
 @pytest.fixture(params=WAYS)
@@ -50,70 +39,6 @@ def nodes(way, monkeypatch):
     ran, run = [], block_plan.training.run
     monkeypatch.setattr(block_plan.training, "run", lambda *args: ran.append(1) or run(*args))
     return ran
-
-
-def _counted(monkeypatch, name):
-    ran, call = [], getattr(block_plan.hopper, name)
-
-    def counted(*args):
-        found = call(*args)
-        ran.append(found is not None)
-        return found
-
-    monkeypatch.setattr(block_plan.hopper, name, counted)
-    return ran
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """For each backward that might be one call of Hopper's: whether it was."""
-    with _on_hopper(monkeypatch):
-        yield _counted(monkeypatch, "backward")
-
-
-@pytest.fixture
-def forwards(monkeypatch, calls):
-    """The same of forwards."""
-    return _counted(monkeypatch, "forward")
-
-
-def step(made, x, seed=3):
-    """What comes out, and the gradients of x and of every parameter, by name."""
-    torch.manual_seed(seed)
-    made.zero_grad()
-    given = x.detach().requires_grad_(x.requires_grad)
-    out = made(given)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=F32).view(out.shape).to(out.dtype)
-    out.backward(weights)
-    return {"out": out.detach(), "x": given.grad} | {name: p.grad for name, p in made.named_parameters()}
-
-
-def assert_same_step(made, x):
-    ours, expected = step(made, x), by_ops(lambda given: step(made, given), x)
-    assert ours.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (ours[name] is None) == (value is None), name
-        if value is not None:
-            assert ours[name].dtype == value.dtype, name
-            assert torch.equal(ours[name], value), name
-    return ours
-
-
-def wanting(dtype=BF16):
-    return tokens(dtype).requires_grad_()
-
-
-class Around:
-    """Another call of a block, with its parameters."""
-
-    def __init__(self, made, call):
-        self.call, self.zero_grad, self.named_parameters = call, made.zero_grad, made.named_parameters
-
-    def __call__(self, x):
-        return self.call(x)
-
-
-MORE = OPTIONS | {"drop path": {"drop_path": 0.4}, "both scales": {"drop_path": 0.4, "init_values": 0.3}}
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
@@ -462,123 +387,3 @@ def test_no_gradient_comes_back(nodes):
     grads = torch.autograd.grad((0 * second).sum() + second.sum(), [second, x], allow_unused=True)
     assert grads[1] is None
     assert first.requires_grad
-
-
-@pytest.mark.parametrize("stream", [BF16, F16, F32], ids=str)
-@pytest.mark.parametrize("options", ["plain", "no biases", "tanh", "quick", "wide MLP"])
-def test_hoppers_step_in_two_calls(options, stream, calls, forwards):
-    made, x = block(F16 if stream == F16 else BF16, **OPTIONS[options]), wanting(stream)
-    for _ in range(2):
-        assert_same_step(made, x)
-    assert calls == forwards == [True]
-    assert_same_step(made, x.flip(0).detach().requires_grad_())
-    assert calls == forwards == [True, True]
-
-
-def test_hoppers_backward_takes_the_launches_of_the_first_one(calls):
-    made, x = block(BF16), wanting()
-    made(x), made(x)  # no backward was run yet
-    grads = [step(made, x) for _ in range(2)]
-    assert calls == [False, True]
-    assert all(torch.equal(*pair) for pair in zip(*(each.values() for each in grads), strict=True))
-
-
-def test_hoppers_step_under_autocast(calls, forwards):
-    made, x = block(F32), wanting(F32)
-    with torch.autocast("cpu", dtype=BF16):
-        for _ in range(3):
-            assert_same_step(made, x)
-    assert calls == forwards == [True, True]
-
-
-@pytest.mark.parametrize("options", ["layer scale", "drop path"])
-def test_hoppers_forward_alone(options, calls, forwards):
-    made, x = block(BF16, **MORE[options]).train(), wanting()
-    for _ in range(3):
-        assert_same_step(made, x)
-    assert calls == []
-    assert forwards == ([True, True] if options == "layer scale" else [])
-
-
-def test_hoppers_forward_of_frozen_parts(calls, forwards):
-    made, x = block(BF16), wanting()
-    made.attn.qkv.requires_grad_(False)
-    for _ in range(3):
-        assert_same_step(made, x)
-    assert calls == []
-    assert forwards == [True, True]
-
-
-@pytest.mark.parametrize("tile", ["large", "small"])
-def test_the_tile_of_the_largest_product(tile, calls, monkeypatch):
-    monkeypatch.setattr(block_plan.hopper._tiles, "ACT_GRAD", tile)
-    made, x = block(BF16), tokens(BF16).repeat(16, 4, 1).requires_grad_()  # rows enough for two tiles of each
-    for _ in range(2):
-        assert_same_step(made, x)
-    assert calls == [True]
-
-
-def test_parameters_that_hoppers_calls_do_not_take(calls, forwards):
-    made, x = block(BF16), wanting()
-    for _ in range(3):
-        step(made, x)
-    del calls[:], forwards[:]
-    made.norm1.float()  # both of its parameters: float32 beside 16 bits is fine
-    for _ in range(3):
-        assert_same_step(made, x)
-    made.mlp.fc2.weight = nn.Parameter(made.mlp.fc2.weight.detach().t().contiguous().t())
-    assert_same_step(made, x)
-    assert calls == [True, True, False]
-    assert forwards == [True, True, False]
-
-
-def test_gradients_of_other_layouts_go_by_the_ops(calls):
-    made, x = block(BF16), wanting()
-    for _ in range(3):
-        step(made, x)
-    del calls[:]
-    made(x).sum().backward()  # expanded
-    assert calls == [False]
-    made.attn.qkv.weight.requires_grad_(False)
-    for _ in range(3):
-        assert_same_step(made, x)
-    assert calls == [False]  # not asked
-
-
-def test_a_profilers_hook_hears_of_the_backwards_launches(calls):
-    from fastvit.kernels import _launch
-
-    made, x = block(BF16), wanting()
-    for _ in range(3):
-        step(made, x)
-    del calls[:]
-    out, hook = made(x), _launch.triton.knobs.runtime.launch_enter_hook
-    hook.add(print)
-    try:
-        out.backward(torch.ones_like(out))
-    finally:
-        hook.remove(print)
-    assert calls == [False]
-
-
-@pytest.mark.parametrize("shape", [(2, 70), (1, 130)], ids=str)
-def test_hoppers_own_attention(shape, calls, monkeypatch):
-    from hopper_attention import stand_in
-
-    torch.manual_seed(0)
-    made, x = layers.Block(128, 2, qkv_bias=True).to(BF16), torch.randn(*shape, 128).to(BF16).requires_grad_()
-    with pytest.MonkeyPatch.context() as patch, use_backend(attention="cuda", attention_packed="cuda"):
-        stand_in(patch, cuda_on_cpu.library)
-        for _ in range(2):
-            assert_same_step(made, x)
-    assert calls == [True]
-
-
-def test_an_error_of_a_launch_in_the_backward_is_no_misfit(calls, monkeypatch):
-    made, x = block(BF16), wanting()
-    for _ in range(3):
-        step(made, x)
-    out = made(x)
-    monkeypatch.setenv(cuda_on_cpu.FAILURE, "701")
-    with pytest.raises(RuntimeError, match="too many resources requested for launch"):
-        out.backward(torch.ones_like(out))

@@ -53,9 +53,9 @@ def run_blocks(blocks: Sequence[BlockParts], x: Tensor) -> tuple[Tensor, int]:
     """What the first of these make of x, and how many they are: 0 where the ops have to run."""
     plans: list[Plan] = []
     for parts in blocks if _is_unwatched() else ():
-        plan = (
-            None if _needs_gradient(parts, x) else _usable_plan(parts, x, "default", False)
-        )  # what comes out of a block is what goes into the next
+        if _needs_gradient(parts, x):
+            break
+        plan = _usable_plan(parts, x, "default", False)  # what comes out of a block is what goes into the next
         if plan is None:
             break
         plans.append(plan)

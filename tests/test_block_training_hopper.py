@@ -1,0 +1,145 @@
+"""A block's training step on Hopper in two calls: the bits of the ops, and neither where anything is unusual."""
+
+import cuda_on_cpu
+import pytest
+import torch
+from block_plans import OPTIONS, block
+from block_training import BF16, F16, F32, MORE, assert_same_step, counted, on_hopper, step, wanting
+from test_host_path import tokens
+from torch import nn
+
+from fastvit import block_plan, layers
+from fastvit.dispatch import use_backend
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """For each backward that might be one call of Hopper's: whether it was."""
+    with on_hopper():
+        yield counted(monkeypatch, "backward")
+
+
+@pytest.fixture
+def forwards(monkeypatch, calls):
+    """The same of forwards."""
+    return counted(monkeypatch, "forward")
+
+
+@pytest.mark.parametrize("stream", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize("options", ["plain", "no biases", "tanh", "quick", "wide MLP"])
+def test_hoppers_step_in_two_calls(options, stream, calls, forwards):
+    made, x = block(F16 if stream == F16 else BF16, **OPTIONS[options]), wanting(stream)
+    for _ in range(2):
+        assert_same_step(made, x)
+    assert calls == forwards == [True]
+    assert_same_step(made, x.flip(0).detach().requires_grad_())
+    assert calls == forwards == [True, True]
+
+
+def test_hoppers_backward_takes_the_launches_of_the_first_one(calls):
+    made, x = block(BF16), wanting()
+    made(x), made(x)  # no backward was run yet
+    grads = [step(made, x) for _ in range(2)]
+    assert calls == [False, True]
+    assert all(torch.equal(*pair) for pair in zip(*(each.values() for each in grads), strict=True))
+
+
+def test_hoppers_step_under_autocast(calls, forwards):
+    made, x = block(F32), wanting(F32)
+    with torch.autocast("cpu", dtype=BF16):
+        for _ in range(3):
+            assert_same_step(made, x)
+    assert calls == forwards == [True, True]
+
+
+@pytest.mark.parametrize("options", ["layer scale", "drop path"])
+def test_hoppers_forward_alone(options, calls, forwards):
+    made, x = block(BF16, **MORE[options]).train(), wanting()
+    for _ in range(3):
+        assert_same_step(made, x)
+    assert calls == []
+    assert forwards == ([True, True] if options == "layer scale" else [])
+
+
+def test_hoppers_forward_of_frozen_parts(calls, forwards):
+    made, x = block(BF16), wanting()
+    made.attn.qkv.requires_grad_(False)
+    for _ in range(3):
+        assert_same_step(made, x)
+    assert calls == []
+    assert forwards == [True, True]
+
+
+@pytest.mark.parametrize("tile", ["large", "small"])
+def test_the_tile_of_the_largest_product(tile, calls, monkeypatch):
+    monkeypatch.setattr(block_plan.hopper._tiles, "ACT_GRAD", tile)
+    made, x = block(BF16), tokens(BF16).repeat(16, 4, 1).requires_grad_()  # rows enough for two tiles of each
+    for _ in range(2):
+        assert_same_step(made, x)
+    assert calls == [True]
+
+
+def test_parameters_that_hoppers_calls_do_not_take(calls, forwards):
+    made, x = block(BF16), wanting()
+    for _ in range(3):
+        step(made, x)
+    del calls[:], forwards[:]
+    made.norm1.float()  # both of its parameters: float32 beside 16 bits is fine
+    for _ in range(3):
+        assert_same_step(made, x)
+    made.mlp.fc2.weight = nn.Parameter(made.mlp.fc2.weight.detach().t().contiguous().t())
+    assert_same_step(made, x)
+    assert calls == [True, True, False]
+    assert forwards == [True, True, False]
+
+
+def test_gradients_of_other_layouts_go_by_the_ops(calls):
+    made, x = block(BF16), wanting()
+    for _ in range(3):
+        step(made, x)
+    del calls[:]
+    made(x).sum().backward()  # expanded
+    assert calls == [False]
+    made.attn.qkv.weight.requires_grad_(False)
+    for _ in range(3):
+        assert_same_step(made, x)
+    assert calls == [False]  # not asked
+
+
+def test_a_profilers_hook_hears_of_the_backwards_launches(calls):
+    from fastvit.kernels import _launch
+
+    made, x = block(BF16), wanting()
+    for _ in range(3):
+        step(made, x)
+    del calls[:]
+    out, hook = made(x), _launch.triton.knobs.runtime.launch_enter_hook
+    hook.add(print)
+    try:
+        out.backward(torch.ones_like(out))
+    finally:
+        hook.remove(print)
+    assert calls == [False]
+
+
+@pytest.mark.parametrize("shape", [(2, 70), (1, 130)], ids=str)
+def test_hoppers_own_attention(shape, calls, monkeypatch):
+    from hopper_attention import stand_in
+
+    torch.manual_seed(0)
+    made, x = layers.Block(128, 2, qkv_bias=True).to(BF16), torch.randn(*shape, 128).to(BF16).requires_grad_()
+    with pytest.MonkeyPatch.context() as patch, use_backend(attention="cuda", attention_packed="cuda"):
+        stand_in(patch, cuda_on_cpu.library)
+        for _ in range(2):
+            assert_same_step(made, x)
+    assert calls == [True]
+
+
+def test_an_error_of_a_launch_in_the_backward_is_no_misfit(calls, monkeypatch):
+    made, x = block(BF16), wanting()
+    for _ in range(3):
+        step(made, x)
+    out = made(x)
+    monkeypatch.setenv(cuda_on_cpu.FAILURE, "701")
+    with pytest.raises(RuntimeError, match="too many resources requested for launch"):
+        out.backward(torch.ones_like(out))
