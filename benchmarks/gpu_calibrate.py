@@ -159,12 +159,13 @@ class Calibration:
         self.time("layer-norm-bwd", backward, forward, bytes_moved=3 * size)
 
     def passes(self) -> None:
-        """The LayerNorm kernels alone. Bytes: x and y forward; dy, x and dx backward, dresidual where there is one."""
+        """The LayerNorm kernels alone. Bytes: x and y forward; dy, x and dx backward, dresidual and y where wanted."""
         ops, rows = torch.ops.fastvit_cuda, self.batch * 197
         dy, weight, bias = self.randn(rows, 768), self.randn(768), self.randn(768)
         for stream in (self.dtype, torch.float32):  # as autocast keeps the residual stream
             x = self.randn(rows, 768).to(stream)
             _, mean, rstd = ops.layernorm_fwd(x, weight, bias, 1e-6, self.dtype)
+            given = (dy, x, mean, rstd, weight, bias)
             narrow, wide = 2.0 * x.numel(), float(x.numel() * x.element_size())
             name = "fastvit-layernorm" + ("" if stream == self.dtype else "-fp32-stream")
             self.time(
@@ -172,13 +173,11 @@ class Calibration:
                 lambda _, x=x: ops.layernorm_fwd(x, weight, bias, 1e-6, self.dtype),
                 bytes_moved=wide + narrow,
             )
-            for suffix, dresidual in (("", None), ("-residual", x)):
+            for suffix, dresidual, want_y in (("", None, False), ("-residual", x, False), ("-residual-y", x, True)):
                 self.time(
                     f"{name}-bwd{suffix}",
-                    lambda _, given=(dy, x, mean, rstd, weight, bias, dresidual): ops.layernorm_bwd(
-                        *given, True, False
-                    ),
-                    bytes_moved=narrow + wide * (2 if dresidual is None else 3),
+                    lambda _, given=(*given, dresidual, True, want_y): ops.layernorm_bwd(*given),
+                    bytes_moved=narrow * (1 + want_y) + wide * (2 if dresidual is None else 3),
                 )
 
     def attentions(self) -> None:

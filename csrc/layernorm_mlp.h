@@ -40,7 +40,7 @@ inline bool aligned(const Vector& v) { return reinterpret_cast<uintptr_t>(v.data
 struct LayerNormFwd {
   Matrix x;             // (M, E)
   Vector weight, bias;  // (E,)   float32 or y's dtype, both the same
-  Matrix y;             // (M, E) optional: without it, the statistics alone
+  Matrix y;             // (M, E)
   float *mean, *rstd;   // (M,)
   int64_t rows;
   int cols;
@@ -62,7 +62,7 @@ struct LayerNormBwd {
   int cols;
   int groups;  // G, from layernorm_bwd_groups
 };
-int layernorm_bwd_groups(int64_t rows, int cols);
+int layernorm_bwd_groups(const LayerNormBwd& p);  // the partials need not be there yet
 cudaError_t launch_layernorm_bwd(const LayerNormBwd& p, cudaStream_t stream);
 
 // A pass over (M, C) in which a block owns some columns of some rows; `groups` blocks share the rows.

@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the CPU: every thread of a block is a fiber, switched at barriers and shuffles.
 //
-// For tests on a machine without a GPU. One block runs at a time, so shared memory is static storage. Threads meet at
-// every barrier and shuffle; a kernel in which some threads are at one and some at another aborts.
+// For tests on a machine without a GPU. One block runs at a time, so shared memory is static storage. A warp's threads
+// meet at every shuffle, a block's at every barrier; a warp with some threads at one and some at the other aborts.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -93,6 +93,23 @@ inline Fiber::Fiber() {
   makecontext(&start, run_threads, 0);
 }
 
+// Threads [first, last) up to where they wait next; 0 where all are done.
+inline int run_to_next_wait(unsigned first, unsigned last) {
+  int kind = 0;
+  for (unsigned i = first; i < last; ++i) {
+    if (fibers[i]->done) continue;
+    resume(*fibers[i]);
+    if (current->done) continue;
+    if (kind != 0 && kind != current->waits_at) {
+      std::fputs("cuda_on_cpu: the threads of a warp wait at different places\n", stderr);
+      std::abort();
+    }
+    kind = current->waits_at;
+  }
+  return kind;
+}
+
+// From barrier to barrier, a warp after the other.
 inline void run_block() {
   const unsigned threads = block_size.x * block_size.y * block_size.z;
   for (unsigned i = 0; i < threads; ++i) {
@@ -102,17 +119,11 @@ inline void run_block() {
   }
   for (bool alive = true; alive;) {
     alive = false;
-    int kind = 0;
-    for (unsigned i = 0; i < threads; ++i) {
-      if (fibers[i]->done) continue;
-      resume(*fibers[i]);
-      if (current->done) continue;
-      alive = true;
-      if (kind != 0 && kind != current->waits_at) {
-        std::fputs("cuda_on_cpu: the threads of a block wait at different places\n", stderr);
-        std::abort();
+    for (unsigned warp = 0; warp < threads; warp += 32) {
+      int kind;
+      while ((kind = run_to_next_wait(warp, std::min(warp + 32, threads))) == kShuffle) {
       }
-      kind = current->waits_at;
+      alive |= kind == kBarrier;
     }
   }
 }
@@ -147,9 +158,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 inline dim3& blockDim = cuda_on_cpu::block_size;
 inline dim3& gridDim = cuda_on_cpu::grid_size;
 
-inline void __syncthreads() {
-  cuda_on_cpu::wait(cuda_on_cpu::kBarrier);
-}
+inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::kBarrier); }
 
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   float* slots = cuda_on_cpu::exchanged[cuda_on_cpu::current->shuffles++ % 2];
@@ -158,20 +167,10 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return slots[cuda_on_cpu::flat_thread() ^ mask];
 }
 
-inline float __uint_as_float(uint32_t v) {
-  return reinterpret_cast<float&>(v);
-}
-inline uint32_t __float_as_uint(float v) {
-  return reinterpret_cast<uint32_t&>(v);
-}
-inline float __expf(float v) {
-  return std::exp(v);
-}
-inline float __fdividef(float a, float b) {
-  return a / b;
-}
-inline float rsqrtf(float v) {
-  return 1.f / std::sqrt(v);
-}
+inline float __uint_as_float(uint32_t v) { return reinterpret_cast<float&>(v); }
+inline uint32_t __float_as_uint(float v) { return reinterpret_cast<uint32_t&>(v); }
+inline float __expf(float v) { return std::exp(v); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float rsqrtf(float v) { return 1.f / std::sqrt(v); }
 using std::max;
 using std::min;

@@ -21,13 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = "fastvit_cuda_on_cpu"
 CUDA, TESTS = ROOT / "csrc" / "cuda", ROOT / "tests"
 # The passes, with the glue of Hopper's products and loops that stand in for the products themselves
-PASSES = [*(path for path in CUDA.iterdir() if path.is_file()), TESTS / "sm90_on_cpu.cpp"]
+PASSES = [
+    *(path for path in CUDA.iterdir() if path.is_file()),
+    TESTS / "sm90_on_cpu.cpp",
+    TESTS / "copy_async_on_cpu.h",
+]
 PASSES += [CUDA / "sm90" / name for name in ("ops.cpp", "attention.cpp", "block.cpp", "block_bwd.cpp")]
 # Hopper's attention as it is, on what Hopper's instructions do
 ATTENTION = [*sorted((CUDA / "sm90").glob("attention*")), *sorted(TESTS.glob("hopper_*.h"))]
 GLUE = ("runtime.cpp", "layernorm_mlp.cpp", "ops.cpp", "block.cpp", "block_bwd.cpp", "attention.cpp")
-STANDS_FOR = {"hopper_on_cpu.h": "hopper.cuh"}
+STANDS_FOR = {"hopper_on_cpu.h": "hopper.cuh", "copy_async_on_cpu.h": "copy_async.cuh"}
 MULTIPROCESSORS = 2
+COPIES_AT_ONCE = "FASTVIT_CUDA_ON_CPU_COPIES_AT_ONCE"  # set: not as late as a GPU may make them
 MORE = "FASTVIT_CUDA_ON_CPU_MULTIPROCESSORS"  # the number of them that launches find instead
 
 PERMISSIVE = "-Xcompiler=-fpermissive,-w"
@@ -42,6 +47,10 @@ cudaError_t cudaGetDevice(int* device) {{ *device = 0; return cudaSuccess; }}
 cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr, int) {{
   const char* number = std::getenv("{MORE}");
   *v = number == nullptr ? {MULTIPROCESSORS} : std::atoi(number);
+  return cudaSuccess;
+}}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {{
+  *blocks = 4;
   return cudaSuccess;
 }}
 cudaError_t cudaGetLastError() {{
@@ -84,7 +93,7 @@ def why_not() -> str:
 
 def translate(source: str, name: str = NAME) -> str:
     """CUDA C++ -> C++: launches become calls, the ops get a name and a device of their own."""
-    launch = re.compile(r"([\w:]+(?:<[\w, :]*>)?)<<<(.*?), 0, stream>>>\((.*?)\);", re.DOTALL)
+    launch = re.compile(r"([\w:]+(?:<[\w, :()]*>)?)<<<(.*?), 0, stream>>>\((.*?)\);", re.DOTALL)
 
     def replace(match: re.Match) -> str:
         kernel, sizes, arguments = match.groups()

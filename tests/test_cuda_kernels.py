@@ -1,5 +1,6 @@
 """Every pass of csrc/cuda against float64: if torch.cuda.is_available(), and as fibers on the CPU (cuda_device.py)."""
 
+import cuda_on_cpu
 import cuda_passes
 import pytest
 import torch
@@ -57,9 +58,25 @@ def test_layernorm_bwd(device, width, x_dtype, dtype):
         prove(device, "layernorm_bwd", dy, x, mean, rstd, None, None, None, False, True)
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["late", "at once"])
+@pytest.mark.parametrize(("x_dtype", "dtype"), [(BF16, BF16), (F32, F16), (F32, F32)])
+@pytest.mark.parametrize("width", [200, 384, 768, 1000, 1536, 2048, 3584, 3592, 4096, 4104])
+def test_layernorm_fetches_rows_ahead(device, width, x_dtype, dtype, at_once, monkeypatch):
+    """Every way to hold a row, several rows a warp; copies made as late, and as early, as a GPU may make them."""
+    monkeypatch.setenv(cuda_on_cpu.MORE, "1")
+    if at_once:
+        monkeypatch.setenv(cuda_on_cpu.COPIES_AT_ONCE, "1")
+    rows = 70 if width <= 1024 else 11
+    x, dy = device.draw(rows, width, dtype=x_dtype, scale=2.0, shift=0.5), device.draw(rows, width, dtype=dtype)
+    weight, bias = device.draw(width, dtype=dtype), device.draw(width, dtype=dtype)
+    _, mean, rstd = prove(device, "layernorm_fwd", x, weight, bias, 1e-6, dtype)
+    dresidual = device.draw(rows, width, dtype=x_dtype)
+    prove(device, "layernorm_bwd", dy, x, mean, rstd, weight, bias, dresidual, True, True)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 45, 131])
 def test_layernorm_bwd_of_any_number_of_rows(device, rows):
-    """Blocks walk over the rows in pairs: none may be missed or counted twice."""
+    """Warps walk over the rows: none may be missed or counted twice."""
     x, dy = device.draw(rows, 256), device.draw(rows, 256)
     mean, rstd = cuda_passes.layernorm_fwd(x, None, None, 1e-6, F32)[1:]
     prove(device, "layernorm_bwd", dy, x, mean, rstd, device.draw(256), device.draw(256), None, True, True)

@@ -103,6 +103,14 @@ __device__ inline void load(const T* p, float (&v)[N]) {
   unpack(load_packed<N>(p), v);
 }
 
+template <int N>
+__device__ inline void add(const float* p, float (&v)[N]) {
+  float other[N];
+  load(p, other);
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] += other[i];
+}
+
 // 16 bytes in one store: left to itself, nvcc splits an assignment through a uint4* into four.
 __device__ inline void store_16_bytes(void* p, const uint32_t* words) {
 #ifdef __CUDA_ARCH__
@@ -216,6 +224,25 @@ inline int multiprocessors() {
   int device = 0;
   cudaGetDevice(&device);
   return multiprocessors(device);
+}
+
+// How many blocks run at once on the current device. More of them, where each walks over rows, would take another turn.
+inline int blocks_at_once(const void* kernel, int threads) {
+  int blocks = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0);
+  return multiprocessors() * std::max(blocks, 1);
+}
+
+// The same, asked once a device.
+template <auto* KERNEL>
+int blocks_at_once(int threads) {
+  constexpr int kDevices = 64;
+  static std::array<std::atomic<int>, kDevices> known{};
+  int device = 0;
+  cudaGetDevice(&device);
+  if (device < 0 || device >= kDevices) return blocks_at_once(reinterpret_cast<const void*>(KERNEL), threads);
+  if (known[device] == 0) known[device] = blocks_at_once(reinterpret_cast<const void*>(KERNEL), threads);
+  return known[device];
 }
 
 // Programmatic dependent launch, from Hopper on: the next kernel of a stream is set up while this one still runs. With

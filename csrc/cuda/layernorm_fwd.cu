@@ -1,55 +1,99 @@
 // LayerNorm forward, one pass over memory: a warp keeps its row in registers, eight columns a lane at a time.
-#include "cuda/common.cuh"
+#include "cuda/shared_row.cuh"
 
 namespace fastvit {
 
 constexpr int kRows = 4;  // warps of a block, one row each
 constexpr int kMaxVecs = 16;
+constexpr int kMaxAhead = 8;  // vectors of a row beside which the next row has room
 constexpr int kAnyThreads = 256;
 
-// Rows of up to VECS * 256 columns. Without the least number of blocks said, nvcc spills for more of them.
+// A kernel for rows of up to `vecs` vectors a lane: `sure` of them lie inside any row it is taken for, and as many
+// blocks run on a multiprocessor as leave a thread the registers it needs.
+struct Shape {
+  int vecs, sure, blocks;
+};
+constexpr Shape kShapes[] = {{2, 0, 8}, {3, 2, 7}, {4, 3, 5}, {6, 4, 4}, {8, 6, 3}, {kMaxVecs, 8, 2}};
+
+constexpr Shape shape_of(int vecs) {
+  const Shape* shape = kShapes;
+  while (shape->vecs < vecs) ++shape;
+  return *shape;
+}
+
+template <int VECS>
+constexpr Shape kShape = shape_of(VECS);
+
+// Rows of up to VECS * 256 columns. Warps walk over the rows; the next one comes while one is at work.
 template <typename X, typename Y, int VECS>
-__global__ void __launch_bounds__(kRows* kWarp, 1) layernorm_fwd_kernel(LayerNormFwd p) {
+__global__ void __launch_bounds__(kRows* kWarp, kShape<VECS>.blocks) layernorm_fwd_kernel(LayerNormFwd p) {
+  constexpr bool kAhead = VECS <= kMaxAhead;
+  __shared__ SharedRow<X, kAhead ? VECS : 1, kRows * kWarp> next;
+  __shared__ SharedParam<VECS> weight, bias;
   const int lane = threadIdx.x % kWarp;
-  const int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / kWarp;
+  const int64_t step = int64_t(gridDim.x) * kRows;
+  int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / kWarp;
+  constexpr int kSure = kShape<VECS>.sure;
+  const auto is_inside = [&](int v, int col) { return v < kSure || col < p.cols; };
+  const auto fetch = [&](int64_t from) {
+    if (!kAhead || from >= p.rows) return;
+#pragma unroll
+    for (int v = 0; v < VECS; ++v) {
+      const int col = (v * kWarp + lane) * kVec;
+      if (is_inside(v, col)) next.fetch(v, threadIdx.x, row_of<const X>(p.x, from) + col);
+    }
+    end_group_of_copies();
+  };
+
   await_previous();
   allow_next();
-  if (row >= p.rows) return;
-
-  float x[VECS][kVec] = {};
+  fetch(row);
+  weight.template load<Y>(p.weight, p.cols, 1.f);
+  bias.template load<Y>(p.bias, p.cols, 0.f);
+  __syncthreads();
+  for (; row < p.rows; row += step) {
+    float x[VECS][kVec] = {};
+    wait_for_copies_before<0>();
 #pragma unroll
-  for (int v = 0; v < VECS; ++v) {
-    const int col = (v * kWarp + lane) * kVec;
-    if (col < p.cols) load(row_of<const X>(p.x, row) + col, x[v]);
-  }
-  float mean = 0.f, rstd = 0.f;
+    for (int v = 0; v < VECS; ++v) {
+      const int col = (v * kWarp + lane) * kVec;
+      if (!is_inside(v, col)) continue;
+      if constexpr (kAhead) {
+        unpack(next.take(v, threadIdx.x), x[v]);
+      } else {
+        load(row_of<const X>(p.x, row) + col, x[v]);
+      }
+    }
+    fetch(row + step);
+    float mean = 0.f, rstd = 0.f;
 #pragma unroll
-  for (int v = 0; v < VECS; ++v) {
+    for (int v = 0; v < VECS; ++v) {
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) mean += x[v][i];
-  }
-  mean = warp_sum(mean) / p.cols;
+      for (int i = 0; i < kVec; ++i) mean += x[v][i];
+    }
+    mean = warp_sum(mean) / p.cols;
 #pragma unroll
-  for (int v = 0; v < VECS; ++v) {
-    if ((v * kWarp + lane) * kVec >= p.cols) continue;
+    for (int v = 0; v < VECS; ++v) {
+      if (!is_inside(v, (v * kWarp + lane) * kVec)) continue;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) rstd += (x[v][i] - mean) * (x[v][i] - mean);
-  }
-  rstd = rsqrtf(warp_sum(rstd) / p.cols + p.eps);
-  if (lane == 0) {
-    p.mean[row] = mean;
-    p.rstd[row] = rstd;
-  }
+      for (int i = 0; i < kVec; ++i) rstd += (x[v][i] - mean) * (x[v][i] - mean);
+    }
+    rstd = rsqrtf(warp_sum(rstd) / p.cols + p.eps);
+    if (lane == 0) {
+      p.mean[row] = mean;
+      p.rstd[row] = rstd;
+    }
 #pragma unroll
-  for (int v = 0; v < VECS; ++v) {
-    const int col = (v * kWarp + lane) * kVec;
-    if (col >= p.cols) continue;
-    float weight[kVec], bias[kVec];
-    load_param<Y>(p.weight, col, 1.f, weight);
-    load_param<Y>(p.bias, col, 0.f, bias);
+    for (int v = 0; v < VECS; ++v) {
+      const int col = (v * kWarp + lane) * kVec;
+      if (!is_inside(v, col)) continue;
+      float w[kVec], b[kVec];
+      weight.read(v, w);
+      bias.read(v, b);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) x[v][i] = (x[v][i] - mean) * rstd * weight[i] + bias[i];
-    store(row_of<Y>(p.y, row) + col, x[v]);
+      for (int i = 0; i < kVec; ++i) x[v][i] = (x[v][i] - mean) * rstd * w[i] + b[i];
+      store(row_of<Y>(p.y, row) + col, x[v]);
+    }
   }
 }
 
@@ -99,9 +143,11 @@ cudaError_t launch_layernorm_fwd(const LayerNormFwd& p, cudaStream_t stream) {
     using X = typename decltype(x)::type;
     using Y = typename decltype(y)::type;
     if (vectors) {
-      const dim3 grid(unsigned(ceil_div(p.rows, kRows)));
       return with_vecs(p.cols, [&](auto vecs) {
-        return launch_overlapping<layernorm_fwd_kernel<X, Y, vecs()>>(grid, kRows * kWarp, p, stream);
+        constexpr auto* kernel = layernorm_fwd_kernel<X, Y, vecs()>;
+        const int64_t blocks = blocks_at_once<kernel>(kRows * kWarp);
+        const dim3 grid(unsigned(std::min(ceil_div(p.rows, kRows), blocks)));
+        return launch_overlapping<kernel>(grid, kRows * kWarp, p, stream);
       });
     }
     layernorm_fwd_any_kernel<X, Y><<<p.rows, kAnyThreads, 0, stream>>>(p);

@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_bwd(Tensor dy, Tensor x, Te
   if (want_y) p.y = matrix_of(checks, "y", y);
   p.rows = rows;
   p.cols = int(cols);
-  p.groups = rows == 0 ? 0 : layernorm_bwd_groups(rows, p.cols);
+  p.groups = rows == 0 ? 0 : layernorm_bwd_groups(p);
   Tensor partials = want_params ? empty(dy, {p.groups, 2, cols}, ScalarType::Float) : nothing(dy);
   if (want_params) p.partials = static_cast<float*>(partials.data_ptr());
   check_launch("layernorm_bwd", launch_layernorm_bwd(p, device.stream()));
