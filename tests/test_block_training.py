@@ -317,6 +317,19 @@ def test_watchers_see_the_ops(watcher, nodes):
     assert nodes == [1]
 
 
+def test_a_default_device_watches_nothing(nodes):
+    """It is a mode, in which a script may run from its first line on."""
+    made, x = block(BF16), wanting()
+    with torch.device("meta"):  # nothing is made on it
+        for _ in range(2):
+            step(made, x)
+        assert_same_step(made, x)
+        assert nodes == [1, 1]
+        with Seeing():
+            step(made, x)
+    assert nodes == [1, 1]
+
+
 @pytest.mark.parametrize("op", ["layernorm_linear", "attention_packed", "linear_residual", "layernorm_mlp"])
 def test_the_users_choice_holds(op, nodes):
     made, x = block(BF16), wanting()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 _LIBRARY = torch.library.Library("fastvit", "FRAGMENT")
 
@@ -61,10 +62,16 @@ def is_watched_by_any_mode() -> bool:
     """Whether a tracer, a transform or a mode may want to see ops, whatever their arguments."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        or (torch._C._len_torch_function_stack() > 0 and _has_watching_function_mode())
         or torch._C._get_tracing_state() is not None
         or is_transformed()
     )
+
+
+def _has_watching_function_mode() -> bool:
+    """``torch.set_default_device`` and ``with torch.device`` are modes too, which look at new tensors' devices."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return any(type(mode) is not DeviceContext for mode in modes)
 
 
 def is_transformed() -> bool:
