@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .norm_act import one_of
@@ -66,7 +67,7 @@ class IntermediateLayers(nn.Module):
         prefix = [tokens[:, : self.num_prefix_tokens] for tokens in taken]
         patches = [tokens[:, self.num_prefix_tokens :] for tokens in taken]
         if output_fmt == "NCHW":
-            patches = [tokens.transpose(1, 2).unflatten(2, grid).contiguous() for tokens in patches]
+            patches = [torch.unflatten(tokens.transpose(1, 2), 2, grid).contiguous() for tokens in patches]
         with_prefix = return_prefix_tokens and self.num_prefix_tokens > 0
         if output_dict:
             result: dict[str, Any] = {"image_intermediates": patches}

@@ -217,7 +217,7 @@ class PatchEmbed(nn.Module):
         if self.output_fmt in ("NCHW", "NCL") and not self.flatten:
             tokens = tokens.transpose(1, 2)
         if self.output_fmt in ("NCHW", "NHWC") and not self.flatten:
-            tokens = tokens.unflatten(2 if self.output_fmt == "NCHW" else 1, (rows, columns))
+            tokens = torch.unflatten(tokens, 2 if self.output_fmt == "NCHW" else 1, (rows, columns))
         return self.norm(tokens)
 
 

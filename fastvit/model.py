@@ -343,7 +343,11 @@ class VisionTransformer(IntermediateLayers):
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images to normalised tokens, (B, T + L, E)."""
-        return self.norm(self._run_blocks(list(self.blocks), self._embed(x), attn_mask, is_causal))
+        x = self._embed(x)
+        is_plain = attn_mask is None and not is_causal and not self.grad_checkpointing
+        if is_plain and is_watched(self.blocks):
+            return self.norm(self.blocks(x))
+        return self.norm(self._run_blocks(list(self.blocks), x, attn_mask, is_causal))
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens (B, T + L, E) to features (B, E); the tokens themselves when there is no pooling."""

@@ -93,8 +93,8 @@ class AttentionPoolLatent(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         if self.pos_embed is not None:
             x = x + self.pos_embed.to(x.dtype)
-        q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q = torch.unflatten(self.q(self.latent.expand(x.shape[0], -1, -1)), -1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = torch.unflatten(self.kv(x), -1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         tokens = attention(self.q_norm(q), self.k_norm(k), v, attn_mask=attn_mask, scale=self.scale)
         tokens = self.proj_drop(self.proj(tokens.transpose(1, 2).flatten(2)))
         if self.mlp is not None:
@@ -135,6 +135,6 @@ class AttentionPoolPrr(nn.Module):
         self.post_norm = layer(dim, device=device, dtype=dtype) if post_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        heads = self.pre_norm(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        heads = torch.unflatten(self.pre_norm(x), -1, (self.num_heads, -1)).transpose(1, 2)
         x = self.post_norm(attention(heads, heads, heads, scale=self.scale).transpose(1, 2).flatten(2))
         return x[:, 0] if self.pool == "token" else x.mean(1)

@@ -289,7 +289,8 @@ def unpad_samples(padded: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
 
 def unpack_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views of q, k and v, each (B, H, N, D), on a packed (B, N, 3 * H * D) tensor."""
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    # not qkv.unflatten: torch.compile cannot trace that method under torch.set_default_device
+    q, k, v = torch.unflatten(qkv, -1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 

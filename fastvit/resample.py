@@ -35,7 +35,7 @@ def resample_pos_embed(
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
     prefix, patches = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
-    image = patches.float().unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2)
+    image = torch.unflatten(patches.float(), 1, tuple(old_grid)).permute(0, 3, 1, 2)
     # Counting makes the sides plain numbers under torch.compile, which cannot differentiate this resize with symbols.
     sides = [len(range(side)) for side in new_grid]
     image = F.interpolate(image, size=sides, mode="bicubic", antialias=True)
@@ -59,4 +59,4 @@ def resample_patch_weight(weight: Tensor, new_size: tuple[int, int]) -> Tensor:
     basis = torch.eye(pixels, device=weight.device).view(pixels, 1, *old_size)
     resized = F.interpolate(basis, size=tuple(new_size), mode="bicubic", antialias=True, align_corners=False)
     inverse = torch.linalg.pinv(resized.flatten(1).T)
-    return (weight.flatten(2).float() @ inverse).unflatten(-1, tuple(new_size)).to(weight.dtype)
+    return torch.unflatten(weight.flatten(2).float() @ inverse, -1, tuple(new_size)).to(weight.dtype)

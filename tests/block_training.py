@@ -39,7 +39,7 @@ def step(made, x, seed=3):
     made.zero_grad()
     given = x.detach().requires_grad_(x.requires_grad)
     out = made(given)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=F32).view(out.shape).to(out.dtype)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=F32, device=out.device).view(out.shape).to(out.dtype)
     out.backward(weights)
     return {"out": out.detach(), "x": given.grad} | {name: p.grad for name, p in made.named_parameters()}
 

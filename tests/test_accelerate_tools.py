@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from tiny_vits import SIZES, build, images, is_overridden, one_thread, results
+from tiny_vits import SIZES, build, images, is_overridden, native, one_thread, results
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -134,6 +134,17 @@ def test_compile_whole(training, backend):
     assert len(compiled) == len(eager)
     for (name, value), before in zip(compiled.items(), eager, strict=True):
         assert_as_accurate(value, eager[before], exact[before], name, factor=6.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"global_pool": "map", "dynamic_img_size": True}])
+@pytest.mark.parametrize("make", [lambda **options: accelerate(build(**options)), native], ids=["timm", "ours"])
+def test_compile_whole_under_a_default_device(make, options):
+    model = make(**options)
+    expected = model(images())
+    torch._dynamo.reset()
+    with torch.device("cpu"):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images()), expected)
 
 
 def test_compiled_graph_is_the_fast_one():

@@ -9,6 +9,7 @@ from block_training import BF16, F16, F32, MORE, Around, assert_same_step, on_ho
 from test_host_path import WIDTH, tokens
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastvit
@@ -316,6 +317,19 @@ def test_watchers_see_the_ops(watcher, nodes):
     assert nodes == [1]
 
 
+def test_a_default_device_watches_nothing(nodes):
+    """It is a mode, in which a script may run from its first line on."""
+    made, x = block(BF16), wanting()
+    with torch.device("meta"):  # nothing is made on it
+        for _ in range(2):
+            step(made, x)
+        assert_same_step(made, x)
+        assert nodes == [1, 1]
+        with Seeing():
+            step(made, x)
+    assert nodes == [1, 1]
+
+
 @pytest.mark.parametrize("op", ["layernorm_linear", "attention_packed", "linear_residual", "layernorm_mlp"])
 def test_the_users_choice_holds(op, nodes):
     made, x = block(BF16), wanting()
@@ -387,3 +401,72 @@ def test_no_gradient_comes_back(nodes):
     grads = torch.autograd.grad((0 * second).sum() + second.sum(), [second, x], allow_unused=True)
     assert grads[1] is None
     assert first.requires_grad
+
+
+@pytest.mark.parametrize("of", ["block", "class token"])
+def test_several_gradients_at_once(of, nodes):
+    """As torch.autograd.functional.jacobian(vectorize=True) asks for them: by the ops' kernels, one after another."""
+    made, x = block(BF16, init_values=0.3), wanting()
+    call = made if of == "block" else Around(made, lambda given: fused.class_token_block_forward(made, given))
+    step(call, x)
+
+    def run(given):
+        out, asked, several = gradients_to_come(made, call, given)
+        together = torch.autograd.grad(out, asked, several, is_grads_batched=True, retain_graph=True)
+        for at, dout in enumerate(several):
+            for found, expected in zip(together, torch.autograd.grad(out, asked, dout, retain_graph=True), strict=True):
+                assert torch.equal(found[at], expected)
+        return together
+
+    for ours, expected in zip(run(x), by_ops(run, x), strict=True):
+        assert torch.equal(ours, expected)
+    assert nodes == [1]
+
+
+def gradients_to_come(made, call, given):
+    """What comes out, tensors whose gradients are asked for, and several gradients of what comes out."""
+    out = call(given)
+    several = torch.stack((torch.ones_like(out), torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)))
+    return out, [given, made.attn.qkv.weight, made.mlp.fc2.bias], several
+
+
+@pytest.mark.parametrize("of", ["block", "class token"])
+def test_vmap_over_gradients(of, way, nodes):
+    """As PyTorch's manual has it; torch.func has no rules for kernels."""
+    made, x = block(BF16, init_values=0.3), wanting()
+    call = made if of == "block" else Around(made, lambda given: fused.class_token_block_forward(made, given))
+    step(call, x)
+    out, asked, several = gradients_to_come(made, call, x)
+    one_by_one = [torch.autograd.grad(out, asked, dout, retain_graph=True) for dout in several]
+    with use_backend("torch") if way == "hopper" else nullcontext():  # the model of a GPU refuses nothing
+        together = torch.vmap(lambda dout: torch.autograd.grad(out, asked, dout))(several)
+    assert nodes == [1]
+    for found, *expected in zip(together, *one_by_one, strict=True):
+        scale = torch.stack(expected).abs().max()
+        torch.testing.assert_close(found / scale, torch.stack(expected) / scale, rtol=0, atol=0.03)
+
+
+class Dispatched(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_around_the_backward_sees_the_ops(nodes):
+    made, x = block(BF16), wanting()
+    step(made, x)
+    expected = step(made, x)
+    made.zero_grad()
+    out = made(x)
+    with Dispatched() as mode:
+        out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype))
+    for op in ("layernorm_linear", "attention_packed", "linear_residual", "layernorm_mlp"):
+        assert f"fastvit.{op}_bwd.default" in mode.seen
+    assert nodes == [1, 1]
+    assert torch.equal(x.grad, expected["x"])
+    for name, parameter in made.named_parameters():
+        assert torch.equal(parameter.grad, expected[name]), name

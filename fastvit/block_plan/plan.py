@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
@@ -51,8 +52,8 @@ def class_token_linears(x: Tensor, norm: tuple[Any, Any], linear: tuple[Any, Any
 
 def class_token_heads(q: Tensor, kv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, 1, H * D) and kv (B, N, 2 * H * D) as q (B, H, 1, D), k and v (B, H, N, D)."""
-    k, v = kv.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return q.unflatten(-1, (num_heads, -1)).transpose(1, 2), k, v
+    k, v = torch.unflatten(kv, -1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return torch.unflatten(q, -1, (num_heads, -1)).transpose(1, 2), k, v
 
 
 def empty_heads(parts: BlockParts, x: Tensor, class_token: bool) -> tuple[Tensor, ...]:

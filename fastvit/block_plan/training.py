@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import dispatch, ops
 from ..block_parts import BlockParts, row_scale
-from ..ops import _contract
+from ..ops import _contract, _register
 from . import cpp
 from .kernels import Step, backward, forward, split
 from .plan import Later, Plan, class_token_heads, class_token_linears, empty_heads, parameters
@@ -106,8 +106,8 @@ class _BlockTraining(torch.autograd.Function):
         x, *kept = ctx.saved_tensors
         count = ctx.step.kept
         saved, row_scales, given, casts = kept[:count], kept[count:][:2], kept[count + 2 :][:14], kept[count + 16 :]
-        if torch.is_grad_enabled():
-            grads: Any = _differentiable(ctx.step, dout, row_scales, (x, *given), wants)
+        if torch.is_grad_enabled() or _is_watched(dout):
+            grads: Any = _by_the_ops_backwards(ctx.step, dout, row_scales, (x, *given), wants)
         else:
             weights = _with_casts(given, casts) if casts else given
             with torch._C._AutoDispatchBelowAutograd():
@@ -126,16 +126,22 @@ def _with_casts(given: Any, casts: Any) -> list[Tensor | None]:
     return weights
 
 
-def _differentiable(
+def _is_watched(dout: Tensor) -> bool:
+    """Whether a mode or a transform came between forward and backward, as torch.vmap over gradients does."""
+    return _register.is_watched_by_any_mode() or _register.is_batched(dout)
+
+
+def _by_the_ops_backwards(
     step: Step, dout: Tensor, row_scales: Any, inputs: tuple[Tensor, ...], wants: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """The same gradients by the four ops, which are differentiable once more."""
+    """The same gradients by the four ops, which modes see, and which are differentiable once more."""
+    is_differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         known = [t.view_as(t) if wanted else t for t, wanted in zip(inputs, wants, strict=True)]
         with torch.autocast(dout.device.type, step.dtype, enabled=step.dtype is not None):
             out = _by_ops(step, row_scales, *known)
         asked = [t for t, wanted in zip(known, wants, strict=True) if wanted]
-        found = iter(torch.autograd.grad(out, asked, dout, create_graph=True, allow_unused=True))
+        found = iter(torch.autograd.grad(out, asked, dout, create_graph=is_differentiable, allow_unused=True))
     return [next(found) if wanted else None for wanted in wants]
 
 
@@ -148,7 +154,7 @@ def _by_ops(step: Step, row_scales: Any, x: Tensor, *weights: Any) -> Tensor:
 
 
 def _attend(step: Step, x: Tensor, norm_and_qkv: Any) -> tuple[Tensor, Tensor]:
-    qkv = ops.layernorm_linear(x, *norm_and_qkv, eps=step.eps1)
+    qkv, x = ops.layernorm_linear(x, *norm_and_qkv, eps=step.eps1, with_input=True)
     return ops.attention_packed(qkv, step.num_heads, scale=step.scale), x
 
 

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from .. import _extension, packs
 from ..dispatch import Backend, Op
 from ..reference import HeadNorm, Rope
+from . import _register
 
 # asked once: torch.compile of PyTorch 2.11 cannot trace the question
 AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
@@ -40,6 +41,8 @@ def call(op: Op, check: Callable[..., None], cast_at: tuple[int, ...], *args: An
 
 def key(op: Op, args: tuple) -> tuple | None:
     """What checks, casts and the choice of a backend depend on; None where it cannot be told."""
+    if _register.is_transformed():
+        return None
     dtype = autocast_dtype(args[0]) if torch._C._is_any_autocast_enabled() else None
     facts: list[Any] = [op.choice, dtype]
     return tuple(facts) if add_facts(facts, args) else None
@@ -127,6 +130,13 @@ def why_not_dtype(name: str, x: Tensor) -> list[str]:
     return []
 
 
+def why_not_transformed() -> list[str]:
+    """A custom op drops the tangents of forward-mode differentiation without a word."""
+    if _register.is_transformed():
+        return ["torch.func or forward-mode differentiation transforms the call, for which the kernels have no rules"]
+    return []
+
+
 def why_not_compiled(backend: str, x: Tensor, weight: Tensor, name: str = "x") -> list[str]:
     """Reasons against the C++ ("cpp") or CUDA ("cuda") kernels; ``name`` is that of ``x``."""
     built, device_type = {
@@ -136,7 +146,7 @@ def why_not_compiled(backend: str, x: Tensor, weight: Tensor, name: str = "x") -
     reasons = built() + why_not_device(backend, device_type, x)
     if backend == "cuda" and not reasons and (no_kernels := _extension.why_not_card(x.device.index)):
         reasons.append(no_kernels)
-    reasons += why_not_dtype(name, x)
+    reasons += why_not_dtype(name, x) + why_not_transformed()
     return reasons if weight.dtype == x.dtype else reasons + why_not_dtype("the weight", weight)
 
 
@@ -144,7 +154,7 @@ def why_not_triton(name: str, x: Tensor) -> list[str]:
     reasons = _extension.why_not_triton()
     if x.device.type != "cuda" and not (_extension.TRITON_INTERPRETED and x.device.type == "cpu"):
         reasons.append(f"the tensors are on {x.device}, triton runs on cuda (or anywhere under TRITON_INTERPRET=1)")
-    return reasons + why_not_dtype(name, x)
+    return reasons + why_not_dtype(name, x) + why_not_transformed()
 
 
 @cache

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 _LIBRARY = torch.library.Library("fastvit", "FRAGMENT")
 
@@ -21,9 +22,12 @@ def define(name: str, schema: str, impl: Callable, fake: Callable) -> Callable:
     _LIBRARY.impl(name, impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastvit::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.fastvit, name).default
+    takes_gradient = name.endswith("_bwd")
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_watched(args):
+        if torch.compiler.is_compiling() or _is_watched(args) or (takes_gradient and is_batched(args[0])):
+            if forward_ad._current_level >= 0:
+                _refuse_tangents(name, args)
             return op(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return _FUNCTIONS[name].apply(*args) if name in _FUNCTIONS else op(*args)
@@ -44,15 +48,35 @@ def _is_watched(args: tuple) -> bool:
     return not _PLAIN.issuperset(map(type, args)) or is_watched_by_any_mode()
 
 
+def _refuse_tangents(name: str, args: tuple) -> None:
+    """A custom op would drop them without a word."""
+    if any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
+        raise NotImplementedError(f"fastvit::{name} has no forward derivative: run the forward inside as well")
+
+
+is_batched = torch._C._functorch.is_legacy_batchedtensor
+"""Whether ``torch.autograd.grad(is_grads_batched=True)`` made this gradient of several, which no mode tells."""
+
+
 def is_watched_by_any_mode() -> bool:
     """Whether a tracer, a transform or a mode may want to see ops, whatever their arguments."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
+        or (torch._C._len_torch_function_stack() > 0 and _has_watching_function_mode())
         or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
+        or is_transformed()
     )
+
+
+def _has_watching_function_mode() -> bool:
+    """``torch.set_default_device`` and ``with torch.device`` are modes too, which look at new tensors' devices."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return any(type(mode) is not DeviceContext for mode in modes)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
