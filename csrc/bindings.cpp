@@ -52,11 +52,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attention_fwd", &cpu::attention_fwd, no_gil, "q"_a, "k"_a, "v"_a, "attn_mask"_a, "is_causal"_a, "scale"_a);
   m.def("attention_bwd", &cpu::attention_bwd, no_gil, "dout"_a, "q"_a, "k"_a, "v"_a, "attn_mask"_a, "is_causal"_a,
         "out"_a, "statistics"_a, "scale"_a, "dq"_a, "dk"_a, "dv"_a);
-  m.def("attention_general_fwd", &cpu::attention_general_fwd, no_gil, "q"_a, "k"_a, "v"_a, "attn_mask"_a, "is_causal"_a,
-        "dropout_p"_a, "dropout_seed"_a, "scale"_a, "cu_seqlens"_a);
+  m.def("attention_general_fwd", &cpu::attention_general_fwd, no_gil, "q"_a, "k"_a, "v"_a, "q_weight"_a, "q_bias"_a,
+        "k_weight"_a, "k_bias"_a, "norm"_a, "q_eps"_a, "k_eps"_a, "rope"_a, "num_prefix"_a, "half"_a, "attn_mask"_a,
+        "is_causal"_a, "dropout_p"_a, "dropout_seed"_a, "scale"_a, "cu_seqlens"_a);
   m.def("attention_general_bwd", &cpu::attention_general_bwd, no_gil, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a,
-        "shifts"_a, "inverse_sums"_a, "attn_mask"_a, "is_causal"_a, "dropout_p"_a, "dropout_seed"_a, "scale"_a,
-        "cu_seqlens"_a, "dq"_a, "dk"_a, "dv"_a);
+        "shifts"_a, "inverse_sums"_a, "q_weight"_a, "q_bias"_a, "k_weight"_a, "k_bias"_a, "norm"_a, "q_eps"_a,
+        "k_eps"_a, "rope"_a, "num_prefix"_a, "half"_a, "attn_mask"_a, "is_causal"_a, "dropout_p"_a, "dropout_seed"_a,
+        "scale"_a, "cu_seqlens"_a, "dq"_a, "dk"_a, "dv"_a);
   m.def("layernorm_mlp_fwd", &cpu::layernorm_mlp_fwd, no_gil, "x"_a, "norm_weight"_a, "norm_bias"_a, "fc1_weight"_a,
         "fc1_bias"_a, "fc2_weight"_a, "fc2_bias"_a, "layer_scale"_a, "row_scale"_a, "act"_a, "eps"_a, "residual"_a,
         "save"_a, "cache"_a);

@@ -433,9 +433,9 @@ def test_dropout_compiles_and_has_second_derivatives(seeded):
 def test_errors_of_dropout():
     q, seed = torch.zeros(1, 2, 5, 16), torch.tensor([5])
     with pytest.raises(ValueError, match=r"dropout_p is 1, expected a probability in \[0, 1\)"):
-        C.attention_general_fwd(q, q, q, None, False, 1.0, seed, 1.0, None)
+        C.attention_general_fwd(q, q, q, *_heads.Flat(), None, False, 1.0, seed, 1.0, None)
     with pytest.raises(ValueError, match=r"dropout_seed is Float \(1,\) on cpu, expected int64 \(1,\) on the CPU"):
-        C.attention_general_fwd(q, q, q, None, False, 0.5, seed.float(), 1.0, None)
+        C.attention_general_fwd(q, q, q, *_heads.Flat(), None, False, 0.5, seed.float(), 1.0, None)
 
 
 def test_refusals():

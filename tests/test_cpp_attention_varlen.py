@@ -8,6 +8,7 @@ import torch
 
 from fastvit import ops
 from fastvit.dispatch import Unsupported, recording, use_backend
+from fastvit.ops import _heads
 from fastvit.reference import HeadNorm, Rope
 from fastvit.testing import assert_op_as_accurate, run_with_gradients, sliced
 
@@ -107,9 +108,11 @@ def test_gradients_are_written_in_place_and_nowhere_else(dtype):
     buffer = torch.full((39, 3, 2, 32), float("nan")).to(dtype)
     inside = torch.zeros_like(buffer, dtype=torch.bool)
     inside[1:38, :, :, :24] = True
-    out, *statistics = C.attention_general_fwd(q, k, v, None, False, 0.0, None, 0.2, bounds)
+    out, *statistics = C.attention_general_fwd(q, k, v, *_heads.Flat(), None, False, 0.0, None, 0.2, bounds)
     grads = buffer[1:38, :, :, :24].permute(1, 2, 0, 3).unsqueeze(1).unbind(0)
-    C.attention_general_bwd(torch.randn_like(q), q, k, v, out, *statistics, None, False, 0.0, None, 0.2, bounds, *grads)
+    C.attention_general_bwd(
+        torch.randn_like(q), q, k, v, out, *statistics, *_heads.Flat(), None, False, 0.0, None, 0.2, bounds, *grads
+    )
     assert torch.equal(torch.isnan(buffer), ~inside)
 
 
@@ -228,17 +231,20 @@ def test_refusals():
 def test_errors(changed, message):
     inputs = {name: torch.zeros(1, 2, 5, 16) for name in "qkv"} | {"attn_mask": None, "is_causal": False}
     inputs |= {"dropout_p": 0.0, "dropout_seed": None, "scale": 1.0, "cu_seqlens": torch.tensor([0, 5])}
+    inputs |= _heads.Flat()._asdict()
     with pytest.raises(ValueError, match=message):
         C.attention_general_fwd(**(inputs | changed))
 
 
 def test_backward_errors():
     q, bounds = torch.zeros(1, 2, 5, 16), torch.tensor([0, 5])
-    out, shifts, sums = C.attention_general_fwd(q, q, q, None, False, 0.0, None, 1.0, bounds)
+    out, shifts, sums = C.attention_general_fwd(q, q, q, *_heads.Flat(), None, False, 0.0, None, 1.0, bounds)
 
     def backward(shifts=shifts, bounds=bounds):
         grads = (torch.zeros_like(q) for _ in range(3))
-        C.attention_general_bwd(q, q, q, q, out, shifts, sums, None, False, 0.0, None, 1.0, bounds, *grads)
+        C.attention_general_bwd(
+            q, q, q, q, out, shifts, sums, *_heads.Flat(), None, False, 0.0, None, 1.0, bounds, *grads
+        )
 
     with pytest.raises(ValueError, match=r"shifts has shape \(1, 2, 4\), expected \(1, 2, 5\) like q"):
         backward(shifts=shifts[..., :4])

@@ -25,7 +25,7 @@ def run(isa: str, *command: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("isa", SETS[: SETS.index(BEST)])
 def test_lower_sets_are_as_accurate(isa):
-    files = [f"tests/test_cpp_{name}.py" for name in ("parity", "attention", "attention_varlen")]
+    files = [f"tests/test_cpp_{name}.py" for name in ("parity", "attention", "attention_heads", "attention_varlen")]
     outcome = run(isa, "-m", "pytest", "-p", "no:cacheprovider", *files)
     assert outcome.returncode == 0, outcome.stdout[-3000:]
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvit import ops
+from fastvit.reference import HeadNorm, Rope
 from fastvit.testing import Shape, make_inputs, run_with_gradients
 
 C = pytest.importorskip("fastvit._C", reason="the C++ extension is not built")
@@ -73,6 +74,23 @@ def test_number_of_threads_changed_between_calls(op, dtype):
         torch.set_num_threads(threads)
         assert C.cpu_capabilities()["threads"] == threads
         assert_same_bits(run(op, inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_normalised_and_rotated_heads(dtype):
+    """The gradients of the norms' weights are sums over all heads."""
+    vectors = {name: (torch.rand(40) + 0.5).to(dtype).requires_grad_() for name in ("weight", "bias")}
+    inputs = make_inputs("attention_packed", SHAPE, 3, dtype) | vectors
+    rope = Rope(torch.randn(130, 80), 1, True)
+
+    def attend(weight, bias, **rest):
+        norm = HeadNorm(weight, bias)
+        return ops.attention_packed(**rest, q_norm=norm, k_norm=norm, rope=rope)
+
+    expected = run_with_gradients(attend, inputs)
+    for threads in (1, 7, 2):
+        torch.set_num_threads(threads)
+        assert_same_bits(run_with_gradients(attend, inputs), expected)
 
 
 @pytest.mark.parametrize("op", OPS)

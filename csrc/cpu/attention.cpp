@@ -29,6 +29,7 @@ struct ForwardHead {
   WrittenRows out;
   float *shifts, *inverse_sums;  // (Nq)
   const ScoreRules& rules;
+  PreparedHead prepared_q, prepared_k;
 
   ForwardHead(const AttentionForward& args, int64_t index)
       : index(index),
@@ -38,7 +39,9 @@ struct ForwardHead {
         out(args.out.head(index)),
         shifts(args.shifts + args.q.first_number(index)),
         inverse_sums(args.inverse_sums + args.q.first_number(index)),
-        rules(args.rules) {}
+        rules(args.rules),
+        prepared_q(args.rules.heads.q, args.q, index),
+        prepared_k(args.rules.heads.k, args.k, index) {}
 };
 
 // What a thread takes at a time: blocks of queries of a head, which share one packing of its keys and values.
@@ -86,8 +89,8 @@ std::vector<ForwardTask> plan_tasks(const ReadHeads& q, const ReadHeads& k) {
 
 template <class T>
 struct ForwardBuffers {
-  T *k_panels, *v_panels, *operand, *weights;
-  float *scores, *mask, *products, *factors;
+  T *k_panels, *v_panels, *operand, *weights, *prepared;
+  float *scores, *mask, *products, *factors, *head_buffer;
   int64_t ld;
 
   ForwardBuffers(const ForwardHead& head, int64_t rows, Scratch& scratch) : ld(operand_ld<float>(head.k.tokens)) {
@@ -100,6 +103,8 @@ struct ForwardBuffers {
     products = scratch.take<float>(rows * PANEL);
     mask = scratch.take<float>(head.rules.mask.given() ? rows * ld : 0);
     factors = scratch.take<float>(rows);
+    prepared = scratch.take<T>(std::max(head.prepared_k.size<T>(keys), head.prepared_q.size<T>(rows)));
+    head_buffer = scratch.take<float>(head.prepared_q.buffer_size());
     weights = weights_for(scores, scratch, rows * ld);
   }
 
@@ -130,7 +135,8 @@ void pack_keys_and_values(const ForwardHead& head, const ForwardBuffers<T>& buff
   const int64_t keys = head.k.tokens, dim = head.q.dim;
   fetch_rows(head.k);
   fetch_rows(head.v);
-  const Operand<T> k = head_operand<T>(head.k, {0, keys}, buffers.operand);
+  const ReadRows k_rows = head.prepared_k.read({0, keys}, buffers.prepared, buffers.head_buffer);
+  const Operand<T> k = head_operand<T>(k_rows, {0, keys}, buffers.operand);
   for (int64_t p = 0; p < ceil_div(keys, PANEL); ++p) {
     pack_panel_transposed(k.data + p * PANEL * k.ld, k.ld, std::min(PANEL, keys - p * PANEL), dim,
                           buffers.k_panels + p * PANEL * padded_k<T>(dim));
@@ -157,7 +163,8 @@ void attend_block(const ForwardHead& head, Range queries, const ForwardBuffers<T
   const int64_t rows = queries.size(), dim = head.q.dim, all_keys = head.k.tokens, ld = buffers.ld;
   // Whole panels: few different sizes, since each makes the bfloat16 GEMM build a kernel.
   const int64_t keys = rules.causal ? std::min(all_keys, round_up(queries.end, PANEL)) : all_keys;
-  const Operand<T> q = head_operand<T>(head.q, queries, buffers.operand);
+  const ReadRows q_rows = head.prepared_q.read(queries, buffers.prepared, buffers.head_buffer);
+  const Operand<T> q = head_operand<T>(q_rows, {0, rows}, buffers.operand);
   for (int64_t p = 0; p < ceil_div(keys, PANEL); ++p) {
     gemm_panel<T>({q.data, q.ld, buffers.k_panels + p * PANEL * padded_k<T>(dim), buffers.scores + p * PANEL, ld, rows,
                    padded_k<T>(dim), false, tile_columns(keys, p), nullptr, true,
@@ -217,9 +224,33 @@ ScoreMask::ScoreMask(const OptionalTensor& mask, at::IntArrayRef sizes) : heads(
 }
 
 ScoreRules score_rules(const Tensor& q, const Tensor& k, const OptionalTensor& attn_mask, bool is_causal, double scale,
-                       const Dropout& dropout) {
+                       const Dropout& dropout, const Preparations& heads) {
   const ScoreMask mask(attn_mask, {q.size(0), q.size(1), q.size(2), k.size(2)});
-  return {mask, is_causal, static_cast<float>(scale), dropout};
+  return {mask, is_causal, static_cast<float>(scale), dropout, heads};
+}
+
+HeadRowsIn PreparedHead::rows_in(Range tokens, float* buffer) const {
+  const auto address = [](const Tensor& vector) { return vector.defined() ? vector.const_data_ptr<float>() : nullptr; };
+  HeadRowsIn in{rows_.row(tokens.begin),
+                rows_.stride,
+                rows_.dtype,
+                tokens.size(),
+                rows_.dim,
+                how_.norm,
+                how_.eps,
+                address(how_.weight),
+                address(how_.bias),
+                nullptr,
+                0,
+                0,
+                how_.half,
+                buffer};
+  if (!angles_) return in;
+  const int64_t row = first_token_ + tokens.begin - how_.num_prefix;  // of the table
+  in.angles_stride = how_.table.stride(2);
+  in.angles = angles_ + std::max<int64_t>(row, 0) * in.angles_stride;
+  in.unrotated = std::max<int64_t>(-row, 0);
+  return in;
 }
 
 void ScoreMask::row(int64_t head, int64_t query, Range keys, float* out) const {
@@ -340,14 +371,17 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
   return {forward(q, k, v, rules, {}, numbers, numbers + statistics.numel() / 2), statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_general_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                         const OptionalTensor& attn_mask, bool is_causal,
-                                                         double dropout_p, const OptionalTensor& dropout_seed,
-                                                         double scale, const OptionalTensor& cu_seqlens) {
+std::tuple<Tensor, Tensor, Tensor> attention_general_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& q_weight, const OptionalTensor& q_bias,
+    const OptionalTensor& k_weight, const OptionalTensor& k_bias, const std::string& norm, double q_eps, double k_eps,
+    const OptionalTensor& rope, int64_t num_prefix, bool half, const OptionalTensor& attn_mask, bool is_causal,
+    double dropout_p, const OptionalTensor& dropout_seed, double scale, const OptionalTensor& cu_seqlens) {
   const NoAutograd no_autograd;
   check_attention(q, k, v, attn_mask, present(cu_seqlens));
   const std::vector<int64_t> bounds = check_bounds(q, k, attn_mask, cu_seqlens);
-  const ScoreRules rules = score_rules(q, k, attn_mask, is_causal, scale, Dropout(dropout_p, dropout_seed));
+  const HeadOptions heads{q_weight, q_bias, k_weight, k_bias, norm, q_eps, k_eps, rope, num_prefix, half};
+  const ScoreRules rules =
+      score_rules(q, k, attn_mask, is_causal, scale, Dropout(dropout_p, dropout_seed), preparations(heads, q, k));
   const Tensor shifts = at::empty({q.size(0), q.size(1), q.size(2)}, at::kFloat), inverse_sums = at::empty_like(shifts);
   const Tensor out =
       forward(q, k, v, rules, bounds, shifts.mutable_data_ptr<float>(), inverse_sums.mutable_data_ptr<float>());

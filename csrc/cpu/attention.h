@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../common.h"
+#include "heads.h"
 #include "linear.h"
 
 namespace fastvit::cpu {
@@ -59,6 +60,8 @@ class Heads {
     rows.tokens = tokens(sample);
     return rows;
   }
+  // The row that a head's first token is of all rows of its sample, or of the ragged ones.
+  int64_t first_token(int64_t index) const { return ragged() ? bounds_[index / heads_] : 0; }
   // Where the numbers of a head lie in contiguous (B, H, N), one a row.
   int64_t first_number(int64_t index) const {
     return ragged() ? index % heads_ * all_.tokens + bounds_[index / heads_] : index * all_.tokens;
@@ -98,6 +101,48 @@ Operand<T> head_operand(const ReadRows& x, Range rows, T* buffer) {
   return {buffer, ld};
 }
 
+// How the rows of one head of q or k are prepared; nothing happens when `how` is not given.
+class PreparedHead {
+ public:
+  PreparedHead(const Preparation& how, const ReadHeads& heads, int64_t index)
+      : how_(how), rows_(heads.head(index)), first_token_(heads.first_token(index)) {
+    if (!how.table.defined() || how.table.size(2) == 0) return;
+    const int64_t sample = how.table.size(0) == 1 ? 0 : index / heads.heads();
+    const int64_t head = how.table.size(1) == 1 ? 0 : index % heads.heads();
+    angles_ = how.table.const_data_ptr<float>() + sample * how.table.stride(0) + head * how.table.stride(1);
+  }
+
+  bool given() const { return how_.given(); }
+  bool has_norm() const { return how_.norm != HeadNorm::none; }
+  // How much `rows_in` needs of floats, and `read` of T for so many rows.
+  int64_t buffer_size() const { return given() ? HEAD_BUFFERS * round_up(rows_.dim, PANEL) : 0; }
+  template <class T>
+  int64_t size(int64_t rows) const {
+    return given() ? rows * operand_ld<T>(rows_.dim) : 0;
+  }
+  HeadRowsIn rows_in(Range tokens, float* buffer) const;
+  // The rows `tokens` as the products have them: where they lie, or prepared in `out`.
+  template <class T>
+  ReadRows read(Range tokens, T* out, float* buffer) const {
+    constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
+    ReadRows rows = rows_;
+    rows.tokens = tokens.size();
+    if (!given()) {
+      rows.data = static_cast<const char*>(rows_.row(tokens.begin));
+      return rows;
+    }
+    const int64_t ld = operand_ld<T>(rows_.dim);
+    prepare_heads(rows_in(tokens, buffer), out, ld, dtype);
+    return {reinterpret_cast<const char*>(out), ld, tokens.size(), rows_.dim, dtype};
+  }
+
+ private:
+  const Preparation& how_;
+  ReadRows rows_;
+  int64_t first_token_;
+  const float* angles_ = nullptr;
+};
+
 // What is added to the scores, (B, H, Nq, Nk) with zero strides where one value serves all; a False adds -inf.
 struct ScoreMask {
   Tensor tensor;  // undefined for none
@@ -124,16 +169,17 @@ struct Dropout {
   Dropout(double p, const OptionalTensor& seed);
 };
 
-// What changes the scores or the weights, beside their scale.
+// What changes the scores or the weights, beside their scale, and what q and k are before.
 struct ScoreRules {
   ScoreMask mask;
   bool causal = false;
   float scale = 1.0f;
   Dropout dropout;
+  Preparations heads = {};
 };
 
 ScoreRules score_rules(const Tensor& q, const Tensor& k, const OptionalTensor& attn_mask, bool is_causal, double scale,
-                       const Dropout& dropout = {});
+                       const Dropout& dropout = {}, const Preparations& heads = {});
 
 // The argument rules that both directions share.
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& attn_mask,

@@ -19,6 +19,7 @@ struct AttentionBackward {
   const float *shifts, *inverse_sums;  // (B, H, Nq)
   WrittenHeads dq, dk, dv;
   const ScoreRules& rules;
+  const NormGradSums &q_sums, &k_sums;
 };
 
 // One head of one sample.
@@ -28,6 +29,8 @@ struct BackwardHead {
   const float *shifts, *inverse_sums;  // (Nq)
   WrittenRows dq, dk, dv;
   const ScoreRules& rules;
+  PreparedHead prepared_q, prepared_k;
+  double *q_sums, *k_sums;  // null when not wanted
 
   BackwardHead(const AttentionBackward& args, int64_t index)
       : index(index),
@@ -41,7 +44,11 @@ struct BackwardHead {
         dq(args.dq.head(index)),
         dk(args.dk.head(index)),
         dv(args.dv.head(index)),
-        rules(args.rules) {}
+        rules(args.rules),
+        prepared_q(args.rules.heads.q, args.q, index),
+        prepared_k(args.rules.heads.k, args.k, index),
+        q_sums(args.q_sums.head(index)),
+        k_sums(args.k_sums.head(index)) {}
 };
 
 // Rows of a head as the GEMMs read them: [panel][row][64] over the head dim as right operands, or transposed.
@@ -53,9 +60,9 @@ struct QueryPanels {
 template <class T>
 struct BackwardBuffers {
   Operand<T> k, v;
-  T *k_transposed, *operand, *weights, *dscores, *dscore_pairs, *mask_panel;
+  T *k_transposed, *operand, *weights, *dscores, *dscore_pairs, *prepared;
   QueryPanels<T> q, dout;
-  float *scores, *dweights, *dk, *dv, *dq, *mask, *shifts, *inverse_sums, *delta;
+  float *scores, *dweights, *dk, *dv, *dq, *mask, *shifts, *inverse_sums, *delta, *head_buffer, *head_grads, *norm_sums;
   int64_t k_ld, block;
 };
 
@@ -79,7 +86,12 @@ BackwardBuffers<T> load_head(const BackwardHead& head, Scratch& scratch) {
   b.block = ceil_div(keys, ceil_div(keys, KEY_BLOCK));
   b.block = std::min(keys, round_up(b.block, LANES));
   b.k_ld = operand_ld<T>(keys);
-  b.k = head_operand<T>(head.k, {0, keys}, scratch.take<T>(head.k.operand_size<T>(keys)));
+  b.head_buffer = scratch.take<float>(head.prepared_q.buffer_size());
+  b.head_grads = scratch.take<float>(head.prepared_q.given() ? PANEL * width : 0);
+  b.norm_sums = scratch.take<float>(head.prepared_q.has_norm() ? 2 * width : 0);
+  b.prepared = scratch.take<T>(head.prepared_q.size<T>(PANEL));
+  const ReadRows k = head.prepared_k.read({0, keys}, scratch.take<T>(head.prepared_k.size<T>(keys)), b.head_buffer);
+  b.k = head_operand<T>(k, {0, keys}, scratch.take<T>(head.k.operand_size<T>(keys)));
   b.v = head_operand<T>(head.v, {0, keys}, scratch.take<T>(head.v.operand_size<T>(keys)));
   b.operand = scratch.take<T>(std::max(head.q.operand_size<T>(PANEL), head.dout.operand_size<T>(PANEL)));
   b.q = {scratch.take<T>(PANEL * width), scratch.take<T>(PANEL * padded_k<T>(dim))};
@@ -94,7 +106,7 @@ BackwardBuffers<T> load_head(const BackwardHead& head, Scratch& scratch) {
   b.delta = b.inverse_sums + PANEL;
   b.mask = scratch.take<float>(head.rules.mask.given() ? b.block * 2 * PANEL : 0);
   b.k_transposed = scratch.take<T>(dim * b.k_ld);
-  transpose_keys(head.k, scratch.take<float>(LANES * dim), b.k_transposed, b.k_ld);
+  transpose_keys(k, scratch.take<float>(LANES * dim), b.k_transposed, b.k_ld);
   if constexpr (sizeof(T) == 2) {
     b.weights = scratch.take<T>(b.block * PANEL);
     b.dscores = scratch.take<T>(b.block * PANEL);
@@ -186,6 +198,49 @@ void store_rows(const float* sums, const WrittenRows& out) {
   }
 }
 
+// The gradients (tokens, D) of prepared rows, as those of what they were.
+void store_prepared(const PreparedHead& prepared, Range tokens, const float* grads, int64_t ld, const WrittenRows& out,
+                    double* sums, float* group, float* buffer) {
+  const int64_t width = round_up(out.dim, PANEL);
+  HeadGradRows rows{grads, ld, out.row(tokens.begin), out.stride, nullptr, nullptr};
+  if (sums) {
+    std::fill_n(group, 2 * width, 0.0f);
+    rows.dweight = group;
+    rows.dbias = group + width;
+  }
+  prepare_heads_backward(prepared.rows_in(tokens, buffer), rows);
+  if (sums) add_to(sums, group, 2 * width);
+}
+
+template <class T>
+void store_queries(const BackwardHead& head, Range queries, const BackwardBuffers<T>& b) {
+  const WrittenRows& out = head.dq;
+  if (!head.prepared_q.given()) {
+    store_transposed({b.dq, out.dim, queries.size(), nullptr, out.row(queries.begin), out.stride, out.dtype});
+    return;
+  }
+  const int64_t ld = round_up(out.dim, PANEL);
+  store_transposed({b.dq, out.dim, queries.size(), nullptr, b.head_grads, ld, at::kFloat});
+  store_prepared(head.prepared_q, queries, b.head_grads, ld, out, head.q_sums, b.norm_sums, b.head_buffer);
+}
+
+template <class T>
+void store_keys(const BackwardHead& head, const BackwardBuffers<T>& b) {
+  const int64_t keys = head.k.tokens, ld = round_up(head.k.dim, PANEL);
+  if (!head.prepared_k.given()) {
+    store_rows(b.dk, head.dk);
+    return;
+  }
+  for (int64_t k0 = 0; k0 < keys; k0 += PANEL) {
+    const Range tokens{k0, std::min(keys, k0 + PANEL)};
+    for (int64_t i = 0; i < tokens.size() * (ld / PANEL); ++i) {
+      const int64_t row = i / (ld / PANEL), p = i % (ld / PANEL);
+      std::copy_n(b.dk + (p * keys + k0 + row) * PANEL, PANEL, b.head_grads + row * ld + p * PANEL);
+    }
+    store_prepared(head.prepared_k, tokens, b.head_grads, ld, head.dk, head.k_sums, b.norm_sums, b.head_buffer);
+  }
+}
+
 template <class T>
 void backward_head(const BackwardHead& head) {
   const int64_t tokens = head.q.tokens, all_keys = head.k.tokens;
@@ -197,16 +252,17 @@ void backward_head(const BackwardHead& head) {
   }
   for (int64_t q0 = 0; q0 < tokens; q0 += PANEL) {
     const Range queries{q0, std::min(tokens, q0 + PANEL)};
-    pack_queries(head.q, queries, b.operand, b.q);
+    const ReadRows q = head.prepared_q.read(queries, b.prepared, b.head_buffer);
+    pack_queries(q, {0, queries.size()}, b.operand, b.q);
     pack_queries(head.dout, queries, b.operand, b.dout);
     load_statistics(head, queries, b);
     const int64_t keys = head.rules.causal ? std::min(all_keys, round_up(queries.end, PANEL)) : all_keys;
     for (int64_t k0 = 0; k0 < keys; k0 += b.block) {
       backward_tile(head, queries, {k0, std::min(keys, k0 + b.block)}, b);
     }
-    store_transposed({b.dq, head.q.dim, queries.size(), nullptr, head.dq.row(q0), head.dq.stride, head.dq.dtype});
+    store_queries(head, queries, b);
   }
-  store_rows(b.dk, head.dk);
+  store_keys(head, b);
   store_rows(b.dv, head.dv);
   gemm_release<T>();
 }
@@ -243,23 +299,29 @@ const float* checked_statistics(const char* name, const Tensor& values, at::IntA
   return values.const_data_ptr<float>();
 }
 
-void backward(const Gradients& t, const ScoreRules& rules, at::IntArrayRef bounds, const float* shifts,
-              const float* inverse_sums) {
+// The gradients of the norms' weights and biases, (2, D) for q and k; (2, 0) without norms.
+std::tuple<Tensor, Tensor> backward(const Gradients& t, const ScoreRules& rules, at::IntArrayRef bounds,
+                                    const float* shifts, const float* inverse_sums) {
+  const int64_t all_heads = (bounds.empty() ? t.q.size(0) : static_cast<int64_t>(bounds.size()) - 1) * t.q.size(1);
+  const NormGradSums q_sums(rules.heads.q.norm != HeadNorm::none, all_heads, t.q.size(3));
+  const NormGradSums k_sums(rules.heads.k.norm != HeadNorm::none, all_heads, t.q.size(3));
   if (t.q.numel() == 0) {
     t.dk.zero_();
     t.dv.zero_();
-    return;
+    return {q_sums.result(), k_sums.result()};
   }
   const auto read = [&](const Tensor& tensor) { return ReadHeads(tensor, bounds); };
   const auto written = [&](const Tensor& tensor) { return WrittenHeads(tensor, bounds); };
-  const AttentionBackward args{read(t.dout), read(t.q),     read(t.k),     read(t.v),     read(t.out), shifts,
-                               inverse_sums, written(t.dq), written(t.dk), written(t.dv), rules};
+  const AttentionBackward args{read(t.dout), read(t.q),    read(t.k),     read(t.v),     read(t.out),
+                               shifts,       inverse_sums, written(t.dq), written(t.dk), written(t.dv),
+                               rules,        q_sums,       k_sums};
   const std::vector<int64_t> samples = longest_first(args.q, args.k);
   const int64_t count = args.q.heads();
   with_compute_type(compute_dtype(t.q.scalar_type()), [&]<class T>(T) {
     parallel_tasks(static_cast<int64_t>(samples.size()) * count,
                    [&](int64_t i) { backward_head<T>(BackwardHead(args, samples[i / count] * count + i % count)); });
   });
+  return {q_sums.result(), k_sums.result()};
 }
 
 }  // namespace
@@ -276,19 +338,24 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   backward(tensors, rules, {}, numbers, numbers + statistics.numel() / 2);
 }
 
-void attention_general_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                           const Tensor& shifts, const Tensor& inverse_sums, const OptionalTensor& attn_mask,
-                           bool is_causal, double dropout_p, const OptionalTensor& dropout_seed, double scale,
-                           const OptionalTensor& cu_seqlens, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+std::tuple<Tensor, Tensor> attention_general_bwd(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& shifts,
+    const Tensor& inverse_sums, const OptionalTensor& q_weight, const OptionalTensor& q_bias,
+    const OptionalTensor& k_weight, const OptionalTensor& k_bias, const std::string& norm, double q_eps, double k_eps,
+    const OptionalTensor& rope, int64_t num_prefix, bool half, const OptionalTensor& attn_mask, bool is_causal,
+    double dropout_p, const OptionalTensor& dropout_seed, double scale, const OptionalTensor& cu_seqlens,
+    const Tensor& dq, const Tensor& dk, const Tensor& dv) {
   const NoAutograd no_autograd;
   check_attention(q, k, v, attn_mask, present(cu_seqlens));
   const std::vector<int64_t> bounds = check_bounds(q, k, attn_mask, cu_seqlens);
   const Gradients tensors{dout, q, k, v, out, dq, dk, dv};
   check_gradients(tensors);
   const std::vector<int64_t> sizes{q.size(0), q.size(1), q.size(2)};
-  const ScoreRules rules = score_rules(q, k, attn_mask, is_causal, scale, Dropout(dropout_p, dropout_seed));
-  backward(tensors, rules, bounds, checked_statistics("shifts", shifts, sizes),
-           checked_statistics("inverse_sums", inverse_sums, sizes));
+  const HeadOptions heads{q_weight, q_bias, k_weight, k_bias, norm, q_eps, k_eps, rope, num_prefix, half};
+  const ScoreRules rules =
+      score_rules(q, k, attn_mask, is_causal, scale, Dropout(dropout_p, dropout_seed), preparations(heads, q, k));
+  return backward(tensors, rules, bounds, checked_statistics("shifts", shifts, sizes),
+                  checked_statistics("inverse_sums", inverse_sums, sizes));
 }
 
 }  // namespace fastvit::cpu

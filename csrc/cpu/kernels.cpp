@@ -77,6 +77,13 @@ void normalize_row(const float* x, int64_t n, Statistics stats, const float* wei
 void normalize_row_backward(const NormGradRow& row) { kernels().normalize_row_backward(row); }
 void add_to(double* total, const float* values, int64_t n) { kernels().add_to(total, values, n); }
 
+void prepare_heads(const HeadRowsIn& in, void* out, int64_t ld, at::ScalarType dtype) {
+  kernels().prepare_heads(in, out, ld, dtype);
+}
+void prepare_heads_backward(const HeadRowsIn& in, const HeadGradRows& grads) {
+  kernels().prepare_heads_backward(in, grads);
+}
+
 void store_biased(const TileSource& tile, const TileTarget& target) { kernels().store_biased(tile, target); }
 void store_activated(const TileSource& tile, Activation act, const TileTarget& activated,
                      const TileTarget& pre_activation) {

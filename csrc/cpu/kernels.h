@@ -18,6 +18,7 @@
 #include "epilogue.h"
 #include "gemm.h"
 #include "grad.h"
+#include "heads.h"
 #include "patches.h"
 #include "rows.h"
 
@@ -41,6 +42,8 @@ struct Kernels {
   decltype(&cpu::normalize_row) normalize_row;
   decltype(&cpu::normalize_row_backward) normalize_row_backward;
   decltype(&cpu::add_to) add_to;
+  decltype(&cpu::prepare_heads) prepare_heads;
+  decltype(&cpu::prepare_heads_backward) prepare_heads_backward;
   decltype(&cpu::store_biased) store_biased;
   decltype(&cpu::store_activated) store_activated;
   decltype(&cpu::store_residual) store_residual;

@@ -72,16 +72,22 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
                    const OptionalTensor& attn_mask, bool is_causal, const Tensor& out, const Tensor& statistics,
                    double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv);
 
-// The same with dropout, and with cu_seqlens (S + 1,) of ragged samples: q, k, v are then (1, H, T, D). shifts and
-// inverse_sums, the statistics, (B, H, Nq); dropout_seed (1,) int64
-std::tuple<Tensor, Tensor, Tensor> attention_general_fwd(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                         const OptionalTensor& attn_mask, bool is_causal,
-                                                         double dropout_p, const OptionalTensor& dropout_seed,
-                                                         double scale, const OptionalTensor& cu_seqlens);
-void attention_general_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                           const Tensor& shifts, const Tensor& inverse_sums, const OptionalTensor& attn_mask,
-                           bool is_causal, double dropout_p, const OptionalTensor& dropout_seed, double scale,
-                           const OptionalTensor& cu_seqlens, const Tensor& dq, const Tensor& dk, const Tensor& dv);
+// The same with q and k normalised and rotated (fastvit/ops/_heads.py), with dropout, and with cu_seqlens (S + 1,) of
+// ragged samples: q, k, v are then (1, H, T, D). shifts and inverse_sums, the statistics, (B, H, Nq); dropout_seed (1,)
+// int64; weights and biases of norms (D,); rope broadcastable to (B, H, Nk - num_prefix, 2 * D)
+std::tuple<Tensor, Tensor, Tensor> attention_general_fwd(
+    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& q_weight, const OptionalTensor& q_bias,
+    const OptionalTensor& k_weight, const OptionalTensor& k_bias, const std::string& norm, double q_eps, double k_eps,
+    const OptionalTensor& rope, int64_t num_prefix, bool half, const OptionalTensor& attn_mask, bool is_causal,
+    double dropout_p, const OptionalTensor& dropout_seed, double scale, const OptionalTensor& cu_seqlens);
+// Returns the gradients of q's weight and bias and of k's, float32 (2, D) each; (2, 0) without norms
+std::tuple<Tensor, Tensor> attention_general_bwd(
+    const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& shifts,
+    const Tensor& inverse_sums, const OptionalTensor& q_weight, const OptionalTensor& q_bias,
+    const OptionalTensor& k_weight, const OptionalTensor& k_bias, const std::string& norm, double q_eps, double k_eps,
+    const OptionalTensor& rope, int64_t num_prefix, bool half, const OptionalTensor& attn_mask, bool is_causal,
+    double dropout_p, const OptionalTensor& dropout_seed, double scale, const OptionalTensor& cu_seqlens,
+    const Tensor& dq, const Tensor& dk, const Tensor& dv);
 
 // out (..., E) in the dtype of x; mean, rstd (M,) float32; h (M, F) before the activation, empty unless save
 std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_mlp_fwd(

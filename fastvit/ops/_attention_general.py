@@ -1,8 +1,8 @@
-"""The attention kernels with options as ops of their own: Triton's with any, the C++ core with dropout.
+"""The attention kernels with options as ops of their own: Triton's with any, C++ with norms, rotation and dropout.
 
-Plain calls do not pass here, so their schema, saved tensors and cost stay what they are. The C++ core is given rows
-that are normalised and rotated, and saves two numbers a row where Triton has the parts of the log-sum-exp: what the
-scores are shifted by, and the reciprocal of the sum of their exponentials.
+Plain calls do not pass here, so their schema, saved tensors and cost stay what they are. The C++ core saves two numbers
+a row where Triton has the parts of the log-sum-exp: what the scores are shifted by, and the reciprocal of the sum of
+their exponentials.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def cpp():
 def _fwd(q, k, v, *rest):
     *flat, attn_mask, is_causal, dropout_p, dropout_seed, scale, backend = rest
     if backend == "cpp":
-        return cpp().attention_general_fwd(q, k, v, attn_mask, is_causal, dropout_p, dropout_seed, scale, None)
+        return cpp().attention_general_fwd(q, k, v, *flat, attn_mask, is_causal, dropout_p, dropout_seed, scale, None)
     options = _options(flat, scale, attn_mask, is_causal, dropout_p, dropout_seed)
     return kernels().attention_general_fwd(q, k, v, options)
 
@@ -132,9 +132,9 @@ def _launch_bwd(dout, q, k, v, out, top, log, *rest, grads):
     """Write dq, dk, dv; return the gradients of the norms' weights."""
     *flat, attn_mask, is_causal, dropout_p, dropout_seed, scale, backend = rest
     if backend == "cpp":
-        plain = (attn_mask, is_causal, dropout_p, dropout_seed, scale, None)
-        cpp().attention_general_bwd(dout, q, k, v, out, top, log, *plain, *grads)
-        return _heads.no_weight_gradients(top)
+        options = (*flat, attn_mask, is_causal, dropout_p, dropout_seed, scale, None)
+        sums = cpp().attention_general_bwd(dout, q, k, v, out, top, log, *options, *grads)
+        return _heads.weight_gradients(sums, flat[:4])
     if q.numel() == 0:
         grads[1].zero_(), grads[2].zero_()
     options = _options(flat, scale, attn_mask, is_causal, dropout_p, dropout_seed)

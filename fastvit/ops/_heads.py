@@ -35,7 +35,7 @@ class Flat(NamedTuple):
 
 
 def flat(q_norm: HeadNorm | None, k_norm: HeadNorm | None, rope: Rope | None) -> Flat:
-    """Of norms that ``why_not_triton`` let through: both or none, and of one kind."""
+    """Of norms that ``fits`` let through: both or none, and of one kind."""
     norms: dict[str, Any] = {}
     if q_norm is not None and k_norm is not None:
         norms = {"q_weight": q_norm.weight, "q_bias": q_norm.bias, "k_weight": k_norm.weight, "k_bias": k_norm.bias}
@@ -96,6 +96,13 @@ def _check_rope(op: str, q: Tensor, lengths: tuple[int, int], rope: Rope, letter
         )
 
 
+def fits(q_norm: HeadNorm | None, k_norm: HeadNorm | None, rope: Rope | None) -> bool:
+    """Can a kernel take them? Else stock PyTorch prepares q and k."""
+    if (q_norm is None) != (k_norm is None) or (q_norm is not None and k_norm is not None and q_norm.rms != k_norm.rms):
+        return False
+    return rope is None or not rope.table.requires_grad
+
+
 def why_not_triton(q_norm: HeadNorm | None, k_norm: HeadNorm | None, rope: Rope | None) -> list[str]:
     reasons = []
     if (q_norm is None) != (k_norm is None):
@@ -117,11 +124,6 @@ def weight_gradients(sums: tuple[Tensor, Tensor], weights: Sequence[Tensor | Non
         total.new_empty(0) if weight is None else total.to(weight.dtype, copy=True)
         for total, weight in zip((*sums[0], *sums[1]), weights, strict=True)
     )
-
-
-def no_weight_gradients(some: Tensor) -> tuple[Tensor, ...]:
-    """Those of a backend that is given rows which are prepared already."""
-    return tuple(some.new_empty(0, dtype=torch.float32) for _ in WEIGHTS)
 
 
 def fake_weight_gradients(some: Tensor, weights: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

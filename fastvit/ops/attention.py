@@ -387,19 +387,23 @@ def _prepared(q, k, q_norm=None, k_norm=None, rope=None):
     return reference.prepare_heads(q, q_norm, rope), reference.prepare_heads(k, k_norm, rope)
 
 
-def _run_cpp(q, k, v, attn_mask, is_causal, dropout_p, scale, *heads):
-    q, k = _prepared(q, k, *heads)
-    if dropout_p > 0.0:
-        return _attention_general.run(q, k, v, attn_mask, is_causal, dropout_p, scale, backend="cpp")
+def _run_cpp(q, k, v, attn_mask, is_causal, dropout_p, scale, q_norm=None, k_norm=None, rope=None):
+    if not _heads.fits(q_norm, k_norm, rope):
+        q, k = _prepared(q, k, q_norm, k_norm, rope)
+        q_norm = k_norm = rope = None
+    if dropout_p > 0.0 or q_norm is not None or rope is not None:
+        heads = (q_norm, k_norm, rope)
+        return _attention_general.run(q, k, v, attn_mask, is_causal, dropout_p, scale, *heads, "cpp")
     return _fwd_op(q, k, v, attn_mask, is_causal, scale, "cpp")[0]
 
 
-def _run_cpp_packed(qkv, num_heads, dropout_p, scale, *heads):
-    if any(part is not None for part in heads):
+def _run_cpp_packed(qkv, num_heads, dropout_p, scale, q_norm=None, k_norm=None, rope=None):
+    heads = (q_norm, k_norm, rope)
+    if not _heads.fits(*heads):
         q, k, v = reference.unpack_qkv(qkv, num_heads)
         return _run_cpp(q, k, v, None, False, dropout_p, scale, *heads).transpose(1, 2).flatten(2)
-    if dropout_p > 0.0:
-        return _attention_general.run_packed(qkv, num_heads, dropout_p, scale, backend="cpp")
+    if dropout_p > 0.0 or q_norm is not None or rope is not None:
+        return _attention_general.run_packed(qkv, num_heads, dropout_p, scale, *heads, "cpp")
     return _packed_fwd_op(qkv, num_heads, scale, "cpp")[0]
 
 

@@ -103,8 +103,8 @@ def _options(*flat_and_rest):
 
 
 def _cpp_options(*flat_and_rest):
-    cu_seqlens, _, is_causal, dropout_p, dropout_seed, scale, _ = flat_and_rest[len(_heads.NAMES) :]
-    return None, is_causal, dropout_p, dropout_seed, scale, cu_seqlens
+    *flat, cu_seqlens, _, is_causal, dropout_p, dropout_seed, scale, _ = flat_and_rest
+    return *flat, None, is_causal, dropout_p, dropout_seed, scale, cu_seqlens
 
 
 def _fwd(q, k, v, *rest):
@@ -126,9 +126,9 @@ def _bwd(dout, q, k, v, out, top, log, *rest):
     rows = [_as_heads(tensor) for tensor in (dout, q, k, v, out)]
     if rest[-1] == "cpp":
         statistics, heads = (top[None], log[None]), map(_as_heads, grads)
-        cpp().attention_general_bwd(*rows, *statistics, *_cpp_options(*rest), *heads)
-        return *grads, *_heads.no_weight_gradients(top)
-    sums = kernels().attention_general_bwd(*rows, top[None], log[None], _options(*rest), *map(_as_heads, grads))
+        sums = cpp().attention_general_bwd(*rows, *statistics, *_cpp_options(*rest), *heads)
+    else:
+        sums = kernels().attention_general_bwd(*rows, top[None], log[None], _options(*rest), *map(_as_heads, grads))
     return *grads, *_heads.weight_gradients(sums, rest[:4])
 
 
@@ -186,8 +186,10 @@ def _run_triton(q, k, v, *rest_and_heads):
 
 def _run_cpp(q, k, v, *rest_and_heads):
     *rest, q_norm, k_norm, rope = rest_and_heads
-    q, k = _prepared_rows(q, k, q_norm, k_norm, rope)
-    return _run_kernels("cpp", q, k, v, _heads.Flat(), *rest)
+    if not _heads.fits(q_norm, k_norm, rope):
+        q, k = _prepared_rows(q, k, q_norm, k_norm, rope)
+        return _run_kernels("cpp", q, k, v, _heads.Flat(), *rest)
+    return _run_kernels("cpp", q, k, v, _heads.flat(q_norm, k_norm, rope), *rest)
 
 
 def _run_kernels(backend, q, k, v, flat, cu_seqlens, max_seqlen, is_causal, dropout_p, scale):

@@ -72,8 +72,9 @@ void normalize_row(const float* x, int64_t n, Statistics stats, const float* wei
   FASTVIT_BY_DTYPE(out_dtype, normalize_row_to, x, n, stats, weight, bias, out);
 }
 
-// With g = dy * weight and xhat the normalised row: dx = rstd (g - mean(g) - xhat mean(g xhat)).
-void normalize_row_backward(const NormGradRow& row) {
+// With g = dy * weight and xhat the normalised row: dx = rstd (g - mean(g) - xhat mean(g xhat)); without mean(g) when
+// the rows were not centred.
+FASTVIT_INLINE void normalize_row_gradient(const NormGradRow& row, bool centred) {
   f32x16 sum_g{}, sum_gx{};
   for (int64_t i = 0; i < row.n; i += LANES) {
     const int64_t left = row.n - i;
@@ -86,9 +87,11 @@ void normalize_row_backward(const NormGradRow& row) {
     store_part(row.dy + i, g, left);
   }
   if (!row.dx) return;
-  const float mean_g = sum_lanes(sum_g) / row.n, mean_gx = sum_lanes(sum_gx) / row.n;
+  const float mean_g = centred ? sum_lanes(sum_g) / row.n : 0.0f, mean_gx = sum_lanes(sum_gx) / row.n;
   FASTVIT_BY_DTYPE(row.dx_dtype, norm_grad_dx, row, mean_g, mean_gx);
 }
+
+void normalize_row_backward(const NormGradRow& row) { normalize_row_gradient(row, true); }
 
 void add_to(double* total, const float* values, int64_t n) {
   for (int64_t i = 0; i < n; ++i) total[i] += values[i];

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "epilogue.h"
 #include "gemm.h"
+#include "heads.h"
 #include "patches.h"
 #include "rows.h"
 #include "transpose.h"
@@ -36,6 +37,8 @@ const Kernels* table() {
       .normalize_row = normalize_row,
       .normalize_row_backward = normalize_row_backward,
       .add_to = add_to,
+      .prepare_heads = prepare_heads,
+      .prepare_heads_backward = prepare_heads_backward,
       .store_biased = store_biased,
       .store_activated = store_activated,
       .store_residual = store_residual,
