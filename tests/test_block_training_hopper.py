@@ -61,6 +61,12 @@ def test_hoppers_forward_alone(options, calls, forwards):
     assert forwards == ([True, True] if options == "layer scale" else [])
 
 
+def test_drop_path_of_one_sample(forwards):
+    made, x = block(BF16, drop_path=0.4).train(), tokens(BF16)[:1].requires_grad_()
+    for _ in range(3):
+        assert_same_step(made, x)
+
+
 def test_hoppers_forward_of_frozen_parts(calls, forwards):
     made, x = block(BF16), wanting()
     made.attn.qkv.requires_grad_(False)

@@ -276,7 +276,8 @@ def _row_factors(row_scale: Tensor | None, rows: int) -> Tensor | None:
     """One float32 factor a row from one a sample."""
     if row_scale is None or row_scale.numel() == 0:
         return None
-    return row_scale.float()[:, None].expand(-1, rows // row_scale.numel()).reshape(-1)
+    factors = row_scale.new_empty((row_scale.numel(), rows // row_scale.numel()), dtype=torch.float32)
+    return factors.copy_(row_scale[:, None]).view(-1)
 
 
 def _branch_grad(
