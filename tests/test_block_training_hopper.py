@@ -3,9 +3,9 @@
 import cuda_on_cpu
 import pytest
 import torch
-from block_plans import OPTIONS, block
+from block_plans import block
 from block_training import BF16, F16, F32, MORE, assert_same_step, counted, on_hopper, step, wanting
-from test_host_path import tokens
+from test_host_path import WIDTH, tokens
 from torch import nn
 
 from fastvit import block_plan, layers
@@ -26,9 +26,9 @@ def forwards(monkeypatch, calls):
 
 
 @pytest.mark.parametrize("stream", [BF16, F16, F32], ids=str)
-@pytest.mark.parametrize("options", ["plain", "no biases", "tanh", "quick", "wide MLP"])
+@pytest.mark.parametrize("options", ["plain", "no biases", "tanh", "quick", "wide MLP", "drop path"])
 def test_hoppers_step_in_two_calls(options, stream, calls, forwards):
-    made, x = block(F16 if stream == F16 else BF16, **OPTIONS[options]), wanting(stream)
+    made, x = block(F16 if stream == F16 else BF16, **MORE[options]).train(), wanting(stream)
     for _ in range(2):
         assert_same_step(made, x)
     assert calls == forwards == [True]
@@ -44,27 +44,33 @@ def test_hoppers_backward_takes_the_launches_of_the_first_one(calls):
     assert all(torch.equal(*pair) for pair in zip(*(each.values() for each in grads), strict=True))
 
 
-def test_hoppers_step_under_autocast(calls, forwards):
-    made, x = block(F32), wanting(F32)
+@pytest.mark.parametrize("options", ["plain", "drop path"])
+def test_hoppers_step_under_autocast(options, calls, forwards):
+    made, x = block(F32, **MORE[options]).train(), wanting(F32)
     with torch.autocast("cpu", dtype=BF16):
         for _ in range(3):
             assert_same_step(made, x)
     assert calls == forwards == [True, True]
 
 
-@pytest.mark.parametrize("options", ["layer scale", "drop path"])
-def test_hoppers_forward_alone(options, calls, forwards):
-    made, x = block(BF16, **MORE[options]).train(), wanting()
+def test_hoppers_forward_alone(calls, forwards):
+    made, x = block(BF16, init_values=0.3).train(), wanting()
     for _ in range(3):
         assert_same_step(made, x)
     assert calls == []
-    assert forwards == ([True, True] if options == "layer scale" else [])
+    assert forwards == [True, True]
 
 
-def test_drop_path_of_one_sample(forwards):
-    made, x = block(BF16, drop_path=0.4).train(), tokens(BF16)[:1].requires_grad_()
-    for _ in range(3):
-        assert_same_step(made, x)
+@pytest.mark.parametrize("only", [None, "drop_path1", "drop_path2"])
+@pytest.mark.parametrize("batch", [1, 7])
+def test_each_sample_has_its_drop_path(batch, only, calls, forwards):
+    made, x = block(BF16, drop_path=0.4).train(), torch.randn(batch, 5, WIDTH).to(BF16).requires_grad_()
+    for name in {"drop_path1", "drop_path2"} - {only}:
+        if only is not None:
+            setattr(made, name, nn.Identity())
+    found = [assert_same_step(made, x, seed)["x"] for seed in range(5)]
+    assert len({gradient.float().sum().item() for gradient in found}) > 1
+    assert calls == forwards == [True] * 4
 
 
 def test_hoppers_forward_of_frozen_parts(calls, forwards):

@@ -126,11 +126,8 @@ def _keep(key: tuple, found: _Packed | None) -> _Packed | None:
     return found
 
 
-def forward(step: Any, x: Tensor, weights: Any) -> Sequence[Tensor] | None:
-    """What kernels.py's ``forward`` returns, in one call; None where it takes the ops' forwards.
-
-    step, weights  what kernels.py knows of the block; without DropPath
-    """
+def forward(step: Any, row_scales: tuple, x: Tensor, weights: Any) -> Sequence[Tensor] | None:
+    """What kernels.py's ``forward`` returns, in one call; None where it takes the ops' forwards."""
     qkv_weight, fc1_weight = weights[2], weights[9]
     key = (step, x.shape, x.dtype, x.device, qkv_weight.shape, qkv_weight.dtype, fc1_weight.shape)
     found = _packed.get(key, _UNKNOWN)
@@ -138,7 +135,7 @@ def forward(step: Any, x: Tensor, weights: Any) -> Sequence[Tensor] | None:
         found = _find_forward(key, step, x, weights)
     if found is None or found.is_watched():
         return None
-    return _cuda.ops.block_saving(x, *weights, found.plan) or None
+    return _cuda.ops.block_saving(x, *weights, *row_scales, found.plan) or None
 
 
 def _find_forward(key: tuple, step: Any, x: Tensor, weights: Any) -> _Packed | None:
@@ -166,8 +163,10 @@ def _runs_what_is_here(step: Any, weight: Tensor) -> bool:
     return is_there and not _sm90.why_not_built(_cuda.ops, weight.device.index or 0)
 
 
-def backward(step: Any, dout: Tensor, x: Tensor, saved: Any, weights: Any) -> tuple[Tensor | None, ...] | None:
-    """Every gradient of a block without LayerScale or DropPath in one call; None where it takes the ops' backwards.
+def backward(
+    step: Any, dout: Tensor, x: Tensor, saved: Any, row_scales: Any, weights: Any
+) -> tuple[Tensor | None, ...] | None:
+    """Every gradient of a block without LayerScale in one call; None where it takes the ops' backwards.
 
     step            what kernels.py knows of the block, as is all that follows
     """
@@ -179,7 +178,7 @@ def backward(step: Any, dout: Tensor, x: Tensor, saved: Any, weights: Any) -> tu
         found = _find_backward(key, step, biases, qkv, attended, softmax)
     if found is None or found.is_watched():
         return None
-    grads = _cuda.ops.block_bwd(dout, x, *saved, *_read_by_backward(weights), found.plan)
+    grads = _cuda.ops.block_bwd(dout, x, *saved, *_read_by_backward(weights), *row_scales, found.plan)
     return (*grads[:7], None, *grads[7:], None) if grads else None
 
 

@@ -46,8 +46,8 @@ def forward(step: Step, row_scale1: Tensor | None, row_scale2: Tensor | None, x:
 
     weights  ``plan.parameters`` of the block, as the kernels take them
     """
-    if row_scale1 is None and row_scale2 is None and not step.class_token:
-        in_one = hopper.forward(step, x, weights)
+    if not step.class_token:
+        in_one = hopper.forward(step, (row_scale1, row_scale2), x, weights)
         if in_one is not None:
             return tuple(in_one)
     norm_and_qkv, projection, scale1, mlp, scale2 = split(weights)
@@ -64,8 +64,8 @@ def backward(
     step: Step, dout: Tensor, x: Tensor, saved: Any, row_scales: Any, weights: Any, wants: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x and of all parameters, by the ops' backwards. What autocast had cast is PyTorch's to cast back."""
-    if not step.class_token and _is_whole(row_scales, weights, wants):
-        grads = hopper.backward(step, dout, x, saved, weights)
+    if not step.class_token and _is_whole(weights, wants):
+        grads = hopper.backward(step, dout, x, saved, row_scales, weights)
         if grads is not None:
             return grads
     *of_attention, middle, mean2, rstd2, h = saved
@@ -148,9 +148,9 @@ def _joined(first: Tensor, others: Tensor) -> Tensor:
     return torch.cat((first, others))
 
 
-def _is_whole(row_scales: Any, weights: Any, wants: tuple[bool, ...]) -> bool:
-    """Whether every gradient is wanted of a block with norms' parameters, without LayerScale or DropPath."""
-    if row_scales[0] is not None or row_scales[1] is not None or not all(wants[at] for at in _WHOLE):
+def _is_whole(weights: Any, wants: tuple[bool, ...]) -> bool:
+    """Whether every gradient is wanted of a block with norms' parameters, without LayerScale."""
+    if not all(wants[at] for at in _WHOLE):
         return False
     given = (weight is not None for weight in weights)
     return not (wants[7] or wants[14]) and all(

@@ -1,6 +1,5 @@
 // Glue: the backward of a transformer block in one call, from what fastvit/block_plan/kernels.py kept: the passes and
-// products that fastvit/ops/_cuda.py calls one by one. Of a plain block alone: no LayerScale, no DropPath, every
-// gradient wanted.
+// products that fastvit/ops/_cuda.py calls one by one. Without LayerScale, and with every gradient wanted.
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
@@ -38,10 +37,11 @@ Tensor weight_grad(const Tensor& dout, const Tensor& x) {
 
 Tensor column_sum_if(bool wanted, const Tensor& x) { return wanted ? column_sum(x, x.scalar_type()) : nothing(x); }
 
-// A gradient in the dtype of the weights, and its column sums where they are wanted.
-std::tuple<Tensor, Tensor> branch_grad(const Tensor& dout, ScalarType dtype, bool wants_sums) {
-  if (dout.scalar_type() == dtype) return {dout, column_sum_if(wants_sums, dout)};
-  return scale(dout, {}, {}, dtype, wants_sums ? std::optional(dtype) : std::nullopt);
+// dout * row_scale in the dtype of the weights, and its column sums where they are wanted.
+std::tuple<Tensor, Tensor> branch_grad(const Tensor& dout, const MaybeTensor& row_scale, ScalarType dtype,
+                                       bool wants_sums) {
+  if (!row_scale && dout.scalar_type() == dtype) return {dout, column_sum_if(wants_sums, dout)};
+  return scale(dout, row_scale, {}, dtype, wants_sums ? std::optional(dtype) : std::nullopt);
 }
 
 struct Attention {
@@ -93,7 +93,8 @@ struct Attention {
 std::vector<Tensor> block_bwd(Tensor dout, Tensor x, Tensor mean1, Tensor rstd1, Tensor qkv, Tensor attended,
                               Tensor softmax, Tensor middle, Tensor mean2, Tensor rstd2, Tensor h, Tensor norm1_weight,
                               Tensor norm1_bias, Tensor qkv_weight, Tensor proj_weight, Tensor norm2_weight,
-                              Tensor norm2_bias, Tensor fc1_weight, Tensor fc2_weight, Tensor plan) try {
+                              Tensor norm2_bias, Tensor fc1_weight, Tensor fc2_weight, MaybeTensor row_scale1,
+                              MaybeTensor row_scale2, Tensor plan) try {
   using torch::stable::matmul;
   const Checks checks("block", "dout", dout);
   const BlockBwdPlan p = read_plan<BlockBwdPlan>(checks, plan);
@@ -105,7 +106,7 @@ std::vector<Tensor> block_bwd(Tensor dout, Tensor x, Tensor mean1, Tensor rstd1,
   const char* const acts[] = {"gelu", "gelu_tanh", "quick_gelu"};
   const OnDevice device(dout);
 
-  const auto [dmlp, dfc2_bias] = branch_grad(d, dtype, p.fc2_bias);
+  const auto [dmlp, dfc2_bias] = branch_grad(d, row_scale2, dtype, p.fc2_bias);
   auto [dh, a, dfc1_bias] =
       linear_act_grad(dmlp, fc2_weight, h, acts[int(p.act)], true, p.fc1_bias ? std::optional(dtype) : std::nullopt,
                       p.act_grad_is_small ? "small" : "large");
@@ -116,7 +117,7 @@ std::vector<Tensor> block_bwd(Tensor dout, Tensor x, Tensor mean1, Tensor rstd1,
   const Tensor dfc1_weight = weight_grad(dh, y2);
   dh = nothing(dh);
 
-  const auto [dproj, dproj_bias] = branch_grad(dmid, dtype, p.proj_bias);
+  const auto [dproj, dproj_bias] = branch_grad(dmid, row_scale1, dtype, p.proj_bias);
   const Tensor dproj_weight = weight_grad(dproj, merged);
   const Tensor dqkv = attention.backward(matmul(dproj, proj_weight), device);
   const auto [dx, dnorm1_weight, dnorm1_bias, y1] =
@@ -145,8 +146,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastvit_cuda, m) {
   m.def(
       "block_bwd(Tensor dout, Tensor x, Tensor mean1, Tensor rstd1, Tensor qkv, Tensor attended, Tensor softmax,"
       " Tensor middle, Tensor mean2, Tensor rstd2, Tensor h, Tensor norm1_weight, Tensor norm1_bias, Tensor qkv_weight,"
-      " Tensor proj_weight, Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor fc2_weight, Tensor plan)"
-      " -> Tensor[]");
+      " Tensor proj_weight, Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight, Tensor fc2_weight,"
+      " Tensor? row_scale1, Tensor? row_scale2, Tensor plan) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CUDA, m) { m.impl("block_bwd", TORCH_BOX(&fastvit::sm90::block_bwd)); }
