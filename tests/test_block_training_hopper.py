@@ -3,10 +3,11 @@
 import cuda_on_cpu
 import pytest
 import torch
-from block_plans import block
+from block_plans import block, by_ops
 from block_training import BF16, F16, F32, MORE, assert_same_step, counted, on_hopper, step, wanting
 from test_host_path import WIDTH, tokens
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit import block_plan, layers
 from fastvit.dispatch import use_backend
@@ -57,7 +58,7 @@ def test_hoppers_forward_alone(calls, forwards):
     made, x = block(BF16, init_values=0.3).train(), wanting()
     for _ in range(3):
         assert_same_step(made, x)
-    assert calls == []
+    assert calls == [False, False]
     assert forwards == [True, True]
 
 
@@ -73,13 +74,85 @@ def test_each_sample_has_its_drop_path(batch, only, calls, forwards):
     assert calls == forwards == [True] * 4
 
 
-def test_hoppers_forward_of_frozen_parts(calls, forwards):
-    made, x = block(BF16), wanting()
-    made.attn.qkv.requires_grad_(False)
+WANTED = {  # by names that begin or end so
+    "x": (),
+    "qkv": ("attn.qkv",),
+    "qkv's bias": ("attn.qkv.bias",),
+    "norms": ("norm1", "norm2"),
+    "one of a norm": ("norm1.bias", "norm2.weight"),
+    "biases": (".bias",),
+    "weights": (".weight",),
+    "attention": ("norm1", "attn"),
+    "projection": ("attn.proj",),
+    "its bias": ("attn.proj.bias",),
+    "MLP": ("norm2", "mlp"),
+    "fc1's bias": ("mlp.fc1.bias",),
+    "fc1's weight and fc2's bias": ("mlp.fc1.weight", "mlp.fc2.bias"),
+    "all": ("norm", "attn", "mlp"),
+}
+
+
+def freeze_but(made, wanted):
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(name.startswith(wanted) or name.endswith(wanted))
+
+
+@pytest.mark.parametrize("options", ["plain", "drop path"])
+@pytest.mark.parametrize("stream", [BF16, F32], ids=str)
+@pytest.mark.parametrize("x_wants", [True, False])
+@pytest.mark.parametrize("wanted", WANTED)
+def test_frozen_parameters_in_two_calls(wanted, x_wants, stream, options, calls, forwards):
+    made, x = block(BF16, **MORE[options]).train(), tokens(stream).requires_grad_(x_wants)
+    freeze_but(made, WANTED[wanted])
+    if not (x_wants or any(p.requires_grad for p in (*made.norm1.parameters(), *made.attn.parameters()))):
+        return  # the ops, as nothing is kept of the attention
     for _ in range(3):
         assert_same_step(made, x)
-    assert calls == []
-    assert forwards == [True, True]
+    assert forwards == [True] * 2
+    assert calls == [True] * 2
+
+
+@pytest.mark.parametrize("name", [name for name, _ in block().named_parameters()])
+def test_one_gradient_alone_in_one_call(name, calls):
+    """Asked for of a graph that has all of them."""
+    made, x = block(BF16), wanting()
+    for _ in range(2):
+        step(made, x)
+    del calls[:]
+
+    def run(given):
+        return torch.autograd.grad(made(given).float().square().sum(), dict(made.named_parameters())[name])[0]
+
+    assert torch.equal(run(x), by_ops(run, x))
+    assert calls == [True]
+
+
+class Products(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name == "aten::mm":
+            self.shapes.append((args[0].shape, args[1].shape, func._overloadname))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", ["plain", "drop path"])
+@pytest.mark.parametrize("wanted", WANTED)
+def test_leaves_out_the_products_that_the_ops_leave_out(wanted, options, calls):
+    made, x = block(BF16, **MORE[options]).train(), wanting()
+    freeze_but(made, WANTED[wanted])
+
+    def products(given):
+        out = made(given)
+        with Products() as found:
+            out.backward(torch.ones_like(out))
+        return sorted(found.shapes)
+
+    for _ in range(2):
+        assert products(x) == by_ops(products, x)
+    assert calls == [True]
 
 
 @pytest.mark.parametrize("tile", ["large", "small"])
@@ -112,10 +185,6 @@ def test_gradients_of_other_layouts_go_by_the_ops(calls):
     del calls[:]
     made(x).sum().backward()  # expanded
     assert calls == [False]
-    made.attn.qkv.weight.requires_grad_(False)
-    for _ in range(3):
-        assert_same_step(made, x)
-    assert calls == [False]  # not asked
 
 
 def test_a_profilers_hook_hears_of_the_backwards_launches(calls):

@@ -58,5 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_bwd(Tensor dy, Tensor x, Te
 std::tuple<Tensor, Tensor> scale(Tensor x, MaybeTensor row_scale, MaybeTensor column_scale, ScalarType dtype,
                                  std::optional<ScalarType> sums);
 Tensor column_sum(Tensor x, ScalarType dtype);
+// a = act(h)
+void act_fwd(Tensor h, Tensor a, std::string act);
 
 }  // namespace fastvit

@@ -266,18 +266,6 @@ std::vector<Tensor> run_block_saving(const Checks& checks, const BlockPlan& plan
   return {out, mean1, rstd1, qkv, merged, lse, middle, mean2, rstd2, h};
 }
 
-struct Weights {
-  const MaybeTensor &norm1_weight, &norm1_bias;
-  const Tensor& qkv_weight;
-  const MaybeTensor& qkv_bias;
-  const Tensor& proj_weight;
-  const MaybeTensor &proj_bias, &layer_scale1, &norm2_weight, &norm2_bias;
-  const Tensor& fc1_weight;
-  const MaybeTensor& fc1_bias;
-  const Tensor& fc2_weight;
-  const MaybeTensor &fc2_bias, &layer_scale2;
-};
-
 Parts read_parts(const Checks& checks, const BlockPlan& p, const Weights& w) {
   const DType dtype = checks.dtype("qkv_weight", w.qkv_weight.scalar_type());
   return {norm(checks, w.norm1_weight, w.norm1_bias, p.width, p.eps1, dtype),
@@ -326,12 +314,9 @@ std::vector<Tensor> block_saving(Tensor x, MaybeTensor norm1_weight, MaybeTensor
 }  // namespace fastvit::sm90
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvit_cuda, m) {
-#define FASTVIT_BLOCK                                                                                             \
-  "(Tensor x, Tensor? norm1_weight, Tensor? norm1_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight," \
-  " Tensor? proj_bias, Tensor? layer_scale1, Tensor? norm2_weight, Tensor? norm2_bias, Tensor fc1_weight,"        \
-  " Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale2,"
-  m.def("block" FASTVIT_BLOCK " Tensor plan) -> Tensor?");
-  m.def("block_saving" FASTVIT_BLOCK " Tensor? row_scale1, Tensor? row_scale2, Tensor plan) -> Tensor[]");
+  m.def("block(Tensor x, " FASTVIT_BLOCK_WEIGHTS ", Tensor plan) -> Tensor?");
+  m.def("block_saving(Tensor x, " FASTVIT_BLOCK_WEIGHTS
+        ", Tensor? row_scale1, Tensor? row_scale2, Tensor plan) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CUDA, m) {
