@@ -69,4 +69,8 @@ class Around:
         return self.call(x)
 
 
-MORE = OPTIONS | {"drop path": {"drop_path": 0.4}, "both scales": {"drop_path": 0.4, "init_values": 0.3}}
+MORE = OPTIONS | {
+    "drop path": {"drop_path": 0.4},
+    "both scales": {"drop_path": 0.4, "init_values": 0.3},
+    "layer scale, no biases": {"init_values": 0.3, "qkv_bias": False, "proj_bias": False},
+}

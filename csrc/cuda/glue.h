@@ -60,5 +60,8 @@ std::tuple<Tensor, Tensor> scale(Tensor x, MaybeTensor row_scale, MaybeTensor co
 Tensor column_sum(Tensor x, ScalarType dtype);
 // a = act(h)
 void act_fwd(Tensor h, Tensor a, std::string act);
+// Gradients of weight, bias and layer_scale from g = dbranch^T inputs and the column sums of dbranch
+std::tuple<Tensor, Tensor, Tensor> layer_scale_bwd(Tensor g, Tensor weight, MaybeTensor bias, MaybeTensor sums,
+                                                   Tensor layer_scale);
 
 }  // namespace fastvit

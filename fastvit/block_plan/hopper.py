@@ -166,8 +166,6 @@ def backward(
     step: Any, dout: Tensor, x: Tensor, saved: Any, row_scales: Any, weights: Any, wants: tuple[bool, ...]
 ) -> Sequence[Tensor] | None:
     """What kernels.py's ``backward`` returns, in one call; None where it takes the ops' backwards."""
-    if weights[6] is not None or weights[13] is not None:  # LayerScale
-        return None
     _, _, qkv, attended, softmax, *_ = saved
     key = (step, wants, qkv.shape, qkv.dtype, qkv.device, _tiles.ACT_GRAD)
     found = _packed.get(key, _UNKNOWN)

@@ -328,8 +328,9 @@ def _weight_grads(
         dweight = dbranch.t() @ inputs if wants_weight and inputs is not None else None
         return dweight, sums if wants_bias else None, None
     if inputs is None or not (wants_weight or wants_scale):
-        dbias = (sums * layer_scale).to(weight.dtype) if wants_bias and sums is not None else None
-        return None, dbias, None
+        if not wants_bias or sums is None:
+            return None, None, None
+        return None, ops.scale(sums[None], None, _readable(layer_scale, weight), weight.dtype, None)[0][0], None
     if weight.dtype == torch.float32:
         return _float32_scale_grads(dbranch, sums, inputs, weight, bias, layer_scale, mask)
     scale = _readable(layer_scale, weight)

@@ -1,7 +1,8 @@
 // Glue: the backward of a transformer block in one call, from what fastvit/block_plan/kernels.py kept: the passes and
-// products that fastvit/ops/_cuda.py calls one by one, of which it leaves out what is not wanted. Without LayerScale.
+// products that fastvit/ops/_cuda.py calls one by one, of which it leaves out what is not wanted.
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <vector>
 
 #include "cuda/sm90/attention.h"
@@ -60,38 +61,68 @@ Tensor flat(const Checks& checks, const char* name, const Tensor& t) {
 // dout^T x
 Tensor weight_grad(const Tensor& dout, const Tensor& x) { return matmul(torch::stable::transpose(dout, 0, 1), x); }
 
-// row_scale * (inputs weight^T + bias), and which gradients of its parameters are wanted.
+// The same in float32: divided by a small LayerScale, a gradient may not fit float16.
+Tensor wide_weight_grad(const Tensor& dout, const Tensor& x) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(torch::stable::transpose(dout, 0, 1)), from(x), from(ScalarType::Float)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// row_scale * layer_scale * (inputs weight^T + bias), and which gradients of its parameters are wanted.
 struct Branch {
   const Tensor& weight;
-  const MaybeTensor& row_scale;
-  bool wants_weight, wants_bias;
+  const MaybeTensor &bias, &layer_scale, &row_scale;
+  bool wants_weight, wants_bias, wants_scale;
 
-  bool reads_inputs() const { return wants_weight; }
-  std::optional<ScalarType> sums() const { return wants_bias ? std::optional(weight.scalar_type()) : std::nullopt; }
+  ScalarType dtype() const { return weight.scalar_type(); }
+  bool reads_inputs() const { return wants_weight || wants_scale; }
+  // The dtype of the column sums, where they are read.
+  std::optional<ScalarType> sums() const {
+    if (!wants_bias && !wants_scale) return std::nullopt;
+    return layer_scale ? ScalarType::Float : dtype();
+  }
 };
 
 class BranchGrad {
  public:
-  // dout * row_scale in weight's dtype, and its column sums where they are wanted.
+  // dout * row_scale in weight's dtype, and its column sums. LayerScale is left to the smaller weight.
   BranchGrad(const Branch& branch, const Tensor& dout) : branch_(branch), dout_(dout), sums_(nothing(dout)) {
-    const ScalarType dtype = branch.weight.scalar_type();
     const std::optional<ScalarType> sums = branch.sums();
-    if (branch.row_scale || dout.scalar_type() != dtype) {
-      std::tie(dout_, sums_) = scale(dout, branch.row_scale, {}, dtype, sums);
+    if (branch.row_scale || dout.scalar_type() != branch.dtype()) {
+      std::tie(dout_, sums_) = scale(dout, branch.row_scale, {}, branch.dtype(), sums);
     } else if (sums) {
       sums_ = column_sum(dout, *sums);
     }
   }
 
   // Two factors whose product is the gradient of the inputs.
-  std::tuple<Tensor, Tensor> factors() const { return {dout_, branch_.weight}; }
+  std::tuple<Tensor, Tensor> factors() const {
+    if (!branch_.layer_scale) return {dout_, branch_.weight};
+    // A small LayerScale times a weight can fall below float16, times dout as in eager
+    if (branch_.dtype() == ScalarType::Half) return {scaled(dout_, {}, branch_.layer_scale), branch_.weight};
+    return {dout_, scaled(branch_.weight, branch_.layer_scale, {})};
+  }
 
-  // Of weight and bias.
-  std::tuple<Tensor, Tensor> of_parameters(const Tensor& inputs) const {
-    return {branch_.wants_weight ? weight_grad(dout_, inputs) : nothing(dout_), sums_};
+  // Of weight, bias and layer_scale.
+  std::tuple<Tensor, Tensor, Tensor> of_parameters(const Tensor& inputs) const {
+    const Tensor none = nothing(dout_);
+    if (!branch_.layer_scale) return {branch_.wants_weight ? weight_grad(dout_, inputs) : none, sums_, none};
+    if (!branch_.reads_inputs()) return {none, branch_.wants_bias ? scaled_sums() : none, none};
+    return layer_scale_bwd(wide_weight_grad(dout_, inputs), branch_.weight, branch_.bias,
+                           branch_.sums() ? MaybeTensor(sums_) : MaybeTensor(), *branch_.layer_scale);
   }
 
  private:
+  Tensor scaled(const Tensor& x, const MaybeTensor& rows, const MaybeTensor& columns) const {
+    return std::get<0>(scale(x, rows, columns, branch_.dtype(), std::nullopt));
+  }
+
+  Tensor scaled_sums() const {
+    const int64_t count = sums_.size(0);
+    return torch::stable::view(scaled(torch::stable::view(sums_, {1, count}), {}, branch_.layer_scale), {count});
+  }
+
   const Branch& branch_;
   Tensor dout_, sums_;
 };
@@ -170,8 +201,10 @@ class Backward {
   std::vector<Tensor> run(const Tensor& dout, const Tensor& x, const OnDevice& device) {
     const Tensor dmiddle = mlp(dout);
     if (!plan_.wants_up_to(kLayerScale1)) return grads_;
-    const Tensor dattended = projection(dmiddle);
-    if (plan_.wants_up_to(kQkvBias)) attention(attention_.backward(dattended, device), dmiddle, x);
+    Tensor grad = projection(dmiddle);
+    if (!plan_.wants_up_to(kQkvBias)) return grads_;
+    grad = attention_.backward(grad, device);  // the projection's is no longer needed
+    attention(grad, dmiddle, x);
     return grads_;
   }
 
@@ -179,7 +212,8 @@ class Backward {
   // The gradient of what goes into the MLP.
   Tensor mlp(const Tensor& dout) {
     static constexpr const char* kActs[] = {"gelu", "gelu_tanh", "quick_gelu"};
-    const Branch fc2{weights_.fc2_weight, row_scale2_, plan_.wants(kFc2Weight), plan_.wants(kFc2Bias)};
+    const Branch fc2{weights_.fc2_weight,     weights_.fc2_bias,     weights_.layer_scale2,    row_scale2_,
+                     plan_.wants(kFc2Weight), plan_.wants(kFc2Bias), plan_.wants(kLayerScale2)};
     const BranchGrad branch(fc2, dout);
     Tensor dh = none_, a = none_;
     if (plan_.wants_up_to(kFc1Bias)) {
@@ -191,7 +225,7 @@ class Backward {
       a = empty(saved_.h, {saved_.h.size(0), saved_.h.size(1)}, dtype_);
       act_fwd(saved_.h, a, kActs[int(plan_.act)]);
     }
-    std::tie(grads_[kFc2Weight], grads_[kFc2Bias]) = branch.of_parameters(a);
+    std::tie(grads_[kFc2Weight], grads_[kFc2Bias], grads_[kLayerScale2]) = branch.of_parameters(a);
     a = none_;  // the largest of what is here, no longer needed
     if (!plan_.wants_up_to(kFc1Weight)) return none_;
     return norm_linear(dh, middle_, {saved_.mean2, saved_.rstd2, weights_.norm2_weight, weights_.norm2_bias},
@@ -200,14 +234,15 @@ class Backward {
 
   // The gradient of the attention's result.
   Tensor projection(const Tensor& dmiddle) {
-    const Branch proj{weights_.proj_weight, row_scale1_, plan_.wants(kProjWeight), plan_.wants(kProjBias)};
+    const Branch proj{weights_.proj_weight,     weights_.proj_bias,     weights_.layer_scale1,    row_scale1_,
+                      plan_.wants(kProjWeight), plan_.wants(kProjBias), plan_.wants(kLayerScale1)};
     const BranchGrad branch(proj, dmiddle);
     Tensor dattended = none_;
     if (plan_.wants_up_to(kQkvBias)) {
       const auto [dbranch, weight] = branch.factors();
       dattended = matmul(dbranch, weight);
     }
-    std::tie(grads_[kProjWeight], grads_[kProjBias]) = branch.of_parameters(merged_);
+    std::tie(grads_[kProjWeight], grads_[kProjBias], grads_[kLayerScale1]) = branch.of_parameters(merged_);
     return dattended;
   }
 
