@@ -7,7 +7,6 @@ from block_plans import block, by_ops
 from block_training import BF16, F16, F32, MORE, assert_same_step, counted, on_hopper, step, wanting
 from test_host_path import WIDTH, tokens
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit import block_plan, layers
 from fastvit.dispatch import use_backend
@@ -128,17 +127,6 @@ def test_one_gradient_alone_in_one_call(name, calls):
     assert calls == [True]
 
 
-class Products(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.name == "aten::mm":
-            self.shapes.append((args[0].shape, args[1].shape, func._overloadname))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("options", ["drop path", "layer scale"])
 @pytest.mark.parametrize("wanted", WANTED)
 def test_leaves_out_the_products_that_the_ops_leave_out(wanted, options, calls):
@@ -147,12 +135,12 @@ def test_leaves_out_the_products_that_the_ops_leave_out(wanted, options, calls):
 
     def products(given):
         out = made(given)
-        with Products() as found:
+        with torch.profiler.profile(record_shapes=True) as profile:
             out.backward(torch.ones_like(out))
-        return sorted(found.shapes)
+        return sorted(event.input_shapes[:2] for event in profile.events() if event.name == "aten::mm")
 
     for _ in range(2):
-        assert products(x) == by_ops(products, x)
+        assert products(x) == by_ops(products, x) != []
     assert calls == [True]
 
 

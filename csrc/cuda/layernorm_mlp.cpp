@@ -131,6 +131,8 @@ Tensor column_sum(Tensor x, ScalarType dtype) {
   return finish_sums("column_sum", partials, p.pass, dtype, kind, device);
 }
 
+namespace {
+
 void act_fwd(Tensor h, Tensor a, std::string act) {
   const Checks checks("act_fwd", "h", h);
   ActFwd p{};
@@ -142,8 +144,6 @@ void act_fwd(Tensor h, Tensor a, std::string act) {
   p.pass = {h.size(0), h.size(1), pass_groups(h.size(0), h.size(1)), nullptr};
   check_launch("act_fwd", launch_act_fwd(p, device.stream()));
 }
-
-namespace {
 
 Tensor act_bwd(Tensor da, Tensor h, MaybeTensor a, std::string act, std::optional<ScalarType> sums) {
   const Checks checks("act_bwd", "da", da);

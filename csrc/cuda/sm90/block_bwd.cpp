@@ -1,5 +1,6 @@
 // Glue: the backward of a transformer block in one call, from what fastvit/block_plan/kernels.py kept: the passes and
-// products that fastvit/ops/_cuda.py calls one by one, of which it leaves out what is not wanted.
+// products that fastvit/ops/_cuda.py calls one by one, of which it leaves out what is not wanted. Something before the
+// MLP is: else there is no such node.
 #include <torch/csrc/stable/library.h>
 
 #include <array>
@@ -192,6 +193,7 @@ class Backward {
         dtype_(saved.qkv.scalar_type()),
         none_(nothing(saved.qkv)),
         grads_(kGradients, none_) {
+    checks.expect(plan.wants_up_to(kLayerScale1), [] { return std::string("nothing is wanted before the MLP"); });
     for (const Tensor* weight : {&weights.qkv_weight, &weights.proj_weight, &weights.fc1_weight, &weights.fc2_weight}) {
       checks.expect(weight->scalar_type() == dtype_, [] { return std::string("the weights have several dtypes"); });
     }
@@ -200,7 +202,6 @@ class Backward {
   // dout and x (B * N, E)
   std::vector<Tensor> run(const Tensor& dout, const Tensor& x, const OnDevice& device) {
     const Tensor dmiddle = mlp(dout);
-    if (!plan_.wants_up_to(kLayerScale1)) return grads_;
     Tensor grad = projection(dmiddle);
     if (!plan_.wants_up_to(kQkvBias)) return grads_;
     grad = attention_.backward(grad, device);  // the projection's is no longer needed
@@ -211,25 +212,24 @@ class Backward {
  private:
   // The gradient of what goes into the MLP.
   Tensor mlp(const Tensor& dout) {
-    static constexpr const char* kActs[] = {"gelu", "gelu_tanh", "quick_gelu"};
     const Branch fc2{weights_.fc2_weight,     weights_.fc2_bias,     weights_.layer_scale2,    row_scale2_,
                      plan_.wants(kFc2Weight), plan_.wants(kFc2Bias), plan_.wants(kLayerScale2)};
     const BranchGrad branch(fc2, dout);
-    Tensor dh = none_, a = none_;
-    if (plan_.wants_up_to(kFc1Bias)) {
-      const auto [dbranch, weight] = branch.factors();
-      std::tie(dh, a, grads_[kFc1Bias]) = linear_act_grad(
-          dbranch, weight, saved_.h, kActs[int(plan_.act)], fc2.reads_inputs(),
-          plan_.wants(kFc1Bias) ? std::optional(dtype_) : std::nullopt, plan_.act_grad_is_small ? "small" : "large");
-    } else if (fc2.reads_inputs()) {
-      a = empty(saved_.h, {saved_.h.size(0), saved_.h.size(1)}, dtype_);
-      act_fwd(saved_.h, a, kActs[int(plan_.act)]);
-    }
+    auto [dh, a, dfc1_bias] = through_activation(branch, fc2.reads_inputs());
+    grads_[kFc1Bias] = dfc1_bias;
     std::tie(grads_[kFc2Weight], grads_[kFc2Bias], grads_[kLayerScale2]) = branch.of_parameters(a);
     a = none_;  // the largest of what is here, no longer needed
-    if (!plan_.wants_up_to(kFc1Weight)) return none_;
     return norm_linear(dh, middle_, {saved_.mean2, saved_.rstd2, weights_.norm2_weight, weights_.norm2_bias},
                        weights_.fc1_weight, dout, kNorm2Weight);
+  }
+
+  // The gradient of fc1's result, the activation's once more where it is read, and fc1's bias's.
+  std::tuple<Tensor, Tensor, Tensor> through_activation(const BranchGrad& branch, bool reads_activation) const {
+    static constexpr const char* kActs[] = {"gelu", "gelu_tanh", "quick_gelu"};
+    const auto [dbranch, weight] = branch.factors();
+    return linear_act_grad(dbranch, weight, saved_.h, kActs[int(plan_.act)], reads_activation,
+                           plan_.wants(kFc1Bias) ? std::optional(dtype_) : std::nullopt,
+                           plan_.act_grad_is_small ? "small" : "large");
   }
 
   // The gradient of the attention's result.
