@@ -6,7 +6,8 @@ Needs no GPU: tensors are tiny and lie on the CPU, on one thread. ``eager`` and 
 way a call takes on a Hopper GPU, by the real Python and the real glue of csrc/cuda (host_glue.py; needs nvcc): checks,
 allocations, PyTorch's dispatcher. Not in it: what CUDA's runtime does for a launch, and Triton's launcher where the
 launch is not C++'s. Eager's calls on a GPU likewise cost more than the tiny ones here. In training ``cuda`` holds seven
-products that are PyTorch's: work on a CPU, a launch on a GPU. They have a row of their own.
+products that are PyTorch's: work on a CPU, a launch on a GPU. They have a row of their own. (LayerScale's two have a
+float32 result, which a CPU does not have: empty as well.)
 """
 
 from __future__ import annotations
@@ -46,14 +47,25 @@ class EagerBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2, self.act, self.heads = block.norm1, block.norm2, block.mlp.act, block.attn.num_heads
         self.qkv, self.proj, self.fc1, self.fc2 = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
+        self.after1, self.after2 = (
+            nn.Sequential(*(module for module in modules if not isinstance(module, nn.Identity)))
+            for modules in ((block.ls1, block.drop_path1), (block.ls2, block.drop_path2))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width)
-        x = x + self.proj(attended)
-        return x + self.fc2(self.act(self.fc1(self.norm2(x))))
+        x = x + self._through(self.after1, self.proj(attended))
+        return x + self._through(self.after2, self.fc2(self.act(self.fc1(self.norm2(x)))))
+
+    @staticmethod
+    def _through(modules: nn.Sequential, branch: Tensor) -> Tensor:
+        """Not by a call of the whole, which a plain block has no use for."""
+        for module in modules._modules.values():
+            branch = module(branch)  # type: ignore[misc]
+        return branch
 
 
 @contextmanager
@@ -140,6 +152,24 @@ def least_microseconds(calls: dict[str, Callable]) -> dict[str, float]:
     return least
 
 
+TRAINED = {
+    "drop path": {"drop_path": 0.1},
+    "layer scale": {"init_values": 0.1},
+    "scale and drop path": {"init_values": 0.1, "drop_path": 0.1},
+    "norms and biases": {},
+}
+
+
+def trained(name: str, dtype: torch.dtype) -> tuple[Callable, Callable]:
+    """(ours, eager's), of a block as it is often trained."""
+    block = Block(WIDTH, HEADS, qkv_bias=True, dtype=dtype, **TRAINED[name]).train()
+    if name == "norms and biases":
+        for parameter in block.parameters():
+            parameter.requires_grad_(parameter.dim() == 1)
+    x, eager = torch.randn(1, TOKENS, WIDTH, dtype=dtype, requires_grad=True), EagerBlock(block)
+    return lambda: block(x), lambda: eager(x)
+
+
 def calls(dtype: torch.dtype) -> dict[str, tuple[Callable, Callable]]:
     """name -> (ours, eager's), of a block and of each op."""
     block = Block(WIDTH, HEADS, qkv_bias=True, dtype=dtype).eval()
@@ -167,6 +197,10 @@ def rows() -> list[dict[str, object]]:
     found[-1] |= on_cuda(ours)
     with mock.patch.object(fused, "run_block", _no_plan):
         found.append({"op": "block by ops", "mode": "train", **on_cuda(ours)})
+    for name in TRAINED:
+        ours, stock = (training(call) for call in trained(name, torch.float32))
+        found.append({"op": name, "mode": "train", **least_microseconds({"cpp": ours, "eager": stock})})
+        found[-1] |= on_cuda(training(trained(name, torch.bfloat16)[0]))
     found.append({"op": "its products", "mode": "train", **on_cuda(products_of_a_backward)})
     return found
 

@@ -25,6 +25,16 @@ PASSES = ("LayerNormFwd", "LayerNormBwd", "ActFwd", "ActBwd", "ScaleResidualFwd"
 PASSES += ("LayerScaleBwd",)
 HALVES, TILES = ("kBFloat16", "kFloat16"), ("kLarge", "kSmall")
 
+# PyTorch has it on a GPU alone. On others its result is as empty as a launch's
+FLOAT32_PRODUCT = """
+#include <torch/csrc/stable/library.h>
+#include "cuda/glue.h"
+namespace fastvit {
+Tensor mm(Tensor a, Tensor b, ScalarType dtype) { return empty(a, {a.size(0), b.size(1)}, dtype); }
+}
+STABLE_TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("mm.dtype", TORCH_BOX(&fastvit::mm)); }
+"""
+
 
 def why_not() -> str:
     return cuda_on_cpu.why_not()
@@ -70,7 +80,7 @@ def ops() -> Any:
 
 
 def _build(work: Path) -> None:
-    sources = {"runtime.cpp": cuda_on_cpu.RUNTIME, "launches.cpp": empty_launches()}
+    sources = {"runtime.cpp": cuda_on_cpu.RUNTIME, "launches.cpp": empty_launches(), "mm.cpp": FLOAT32_PRODUCT}
     sources |= {Path(name).name: cuda_on_cpu.translate((ROOT / "csrc" / "cuda" / name).read_text()) for name in GLUE}
     objects = []
     for name, text in sources.items():

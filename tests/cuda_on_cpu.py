@@ -21,15 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = "fastvit_cuda_on_cpu"
 CUDA, TESTS = ROOT / "csrc" / "cuda", ROOT / "tests"
 # The passes, with the glue of Hopper's products and loops that stand in for the products themselves
-PASSES = [
-    *(path for path in CUDA.iterdir() if path.is_file()),
-    TESTS / "sm90_on_cpu.cpp",
-    TESTS / "copy_async_on_cpu.h",
-]
+PASSES = [path for path in CUDA.iterdir() if path.is_file()]
+PASSES += [TESTS / name for name in ("sm90_on_cpu.cpp", "copy_async_on_cpu.h", "mm_on_cpu.cpp")]
 PASSES += [CUDA / "sm90" / name for name in ("ops.cpp", "attention.cpp", "block.cpp", "block_bwd.cpp")]
 # Hopper's attention as it is, on what Hopper's instructions do
 ATTENTION = [*sorted((CUDA / "sm90").glob("attention*")), *sorted(TESTS.glob("hopper_*.h"))]
-GLUE = ("runtime.cpp", "layernorm_mlp.cpp", "ops.cpp", "block.cpp", "block_bwd.cpp", "attention.cpp")
+GLUE = ("runtime.cpp", "layernorm_mlp.cpp", "ops.cpp", "block.cpp", "block_bwd.cpp", "attention.cpp", "mm_on_cpu.cpp")
 STANDS_FOR = {"hopper_on_cpu.h": "hopper.cuh", "copy_async_on_cpu.h": "copy_async.cuh"}
 MULTIPROCESSORS = 2
 COPIES_AT_ONCE = "FASTVIT_CUDA_ON_CPU_COPIES_AT_ONCE"  # set: not as late as a GPU may make them

@@ -123,12 +123,6 @@ def launched(launch):
     return compiled
 
 
-def _float32_product(a, b):
-    """Of 16-bit factors: PyTorch has it on a GPU alone."""
-    with torch.autocast("cpu", enabled=False):
-        return a.float() @ b.float()
-
-
 @contextmanager
 def hopper():
     """Blocks of CPU tensors in 16 bits run as on a Hopper GPU. Nothing that is remembered here outlives it."""
@@ -139,7 +133,6 @@ def hopper():
             (_contract, "why_not_compiled", lambda *args: []),
             (_contract, "why_not_triton", lambda *args: []),
             (_cuda, "ops", cuda_on_cpu.library()),
-            (_cuda, "_float32_product", _float32_product),
             (_sm90, "device_facts", lambda index: ((9, 0), cuda_on_cpu.MULTIPROCESSORS)),
             (_launch, "REPLAYED", True),
             (_launch, "current_device", lambda: None),

@@ -120,30 +120,61 @@ def backwards(monkeypatch):
     return counted(monkeypatch, "backward")
 
 
-def gradients(made, x):
+def gradients(made, x, x_wants=True):
     made.zero_grad()
-    given = x.detach().requires_grad_()
+    given = x.detach().requires_grad_(x_wants)
     with torch.enable_grad():
         out = made(given)
         out.backward(torch.linspace(-1, 1, out.numel(), device=x.device).view(out.shape).to(out.dtype))
     return [out.detach(), given.grad, *(parameter.grad for parameter in made.parameters())]
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32 stream", "autocast", "layer scale", "drop path"])
+def assert_trains_as_the_ops(made, x, x_wants=True):
+    for i in range(4):
+        torch.manual_seed(i)
+        ours = gradients(made, x, x_wants)
+        torch.manual_seed(i)
+        expected = by_ops(lambda given: gradients(made, given, x_wants), x)
+        for found, value in zip(ours, expected, strict=True):
+            assert (found is None) == (value is None)
+            assert value is None or torch.equal(found, value)
+
+
+KINDS = {"layer scale": {"init_values": 0.3}, "drop path": {"drop_path": 0.3}}
+KINDS["both"] = KINDS["layer scale"] | KINDS["drop path"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["bfloat16", "float16", "float32 stream", "autocast", *KINDS, "both, autocast", "both, float16"]
+)
 @pytest.mark.parametrize(("batch", "tokens"), [(8, 197), (3, 50), (2, 577)])
 def test_training_has_the_bits_of_the_ops(device, batch, tokens, kind, backwards):
-    options = {"layer scale": {"init_values": 0.3}, "drop path": {"drop_path": 0.3}}.get(kind, {})
-    dtype = {"float16": F16, "autocast": F32}.get(kind, BF16)
+    if device == "cpu" and tokens != 50:
+        pytest.skip("in small they are all the same")
+    dtype, options = (
+        F32 if "autocast" in kind else F16 if "float16" in kind else BF16,
+        KINDS.get(kind.split(",")[0], {}),
+    )
     made, x = block_and_input(device, batch, tokens, dtype, F32 if "32" in kind else None, **options)
     made.train()
-    with torch.autocast(device, BF16, enabled=kind == "autocast"):
-        for i in range(4):
-            torch.manual_seed(i)
-            ours = gradients(made, x)
-            torch.manual_seed(i)
-            expected = by_ops(lambda given: gradients(made, given), x)
-            assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
-    assert backwards == ([] if options else [True] * 3)
+    with torch.autocast(device, BF16, enabled="autocast" in kind):
+        assert_trains_as_the_ops(made, x)
+    assert backwards == [True] * 3
+
+
+@pytest.mark.parametrize("x_wants", [True, False])
+@pytest.mark.parametrize("wanted", ["norm", "bias", "attn.qkv.weight", "attn.proj", "mlp.fc1.bias", "attn", "ls"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_with_frozen_parameters(device, kind, wanted, x_wants, backwards):
+    """Those with another name."""
+    made, x = block_and_input(device, 8, 197, **KINDS[kind])
+    for name, parameter in made.train().named_parameters():
+        parameter.requires_grad_(wanted in name)
+    if not x_wants and wanted == "ls" and kind == "drop path":
+        return  # nothing at all
+    assert_trains_as_the_ops(made, x, x_wants)
+    is_node = x_wants or wanted != "mlp.fc1.bias"
+    assert backwards == [True] * (3 if is_node else 0)
 
 
 @pytest.mark.parametrize("tokens", [197, 129])

@@ -58,5 +58,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layernorm_bwd(Tensor dy, Tensor x, Te
 std::tuple<Tensor, Tensor> scale(Tensor x, MaybeTensor row_scale, MaybeTensor column_scale, ScalarType dtype,
                                  std::optional<ScalarType> sums);
 Tensor column_sum(Tensor x, ScalarType dtype);
+// Gradients of weight, bias and layer_scale from g = dbranch^T inputs and the column sums of dbranch
+std::tuple<Tensor, Tensor, Tensor> layer_scale_bwd(Tensor g, Tensor weight, MaybeTensor bias, MaybeTensor sums,
+                                                   Tensor layer_scale);
 
 }  // namespace fastvit

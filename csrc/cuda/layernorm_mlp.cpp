@@ -185,6 +185,8 @@ Tensor scale_residual_fwd(Tensor branch, MaybeTensor residual, MaybeTensor layer
   return out;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> layer_scale_bwd(Tensor g, Tensor weight, MaybeTensor bias, MaybeTensor sums,
                                                    Tensor layer_scale) {
   const Checks checks("layer_scale_bwd", "g", g);
@@ -208,6 +210,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_scale_bwd(Tensor g, Tensor weight, Mayb
   check_launch("layer_scale_bwd", launch_layer_scale_bwd(p, device.stream()));
   return {dweight, dbias, dlayer_scale};
 }
+
+namespace {
 
 std::string why_not_device(int64_t index) {
   const torch::stable::accelerator::DeviceGuard guard{int32_t(index)};

@@ -6,7 +6,6 @@ In training it also returns what the backward reads, which block_bwd.cpp does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import itemgetter
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -22,8 +21,8 @@ from .plan import Later, Plan, backends_of, empty_heads, op_calls
 # five tiles; what Triton compiled
 _LAYOUT = Struct("=6q3f8i4x")
 _COMPILED = 224  # bytes of a CompiledKernel
-# BlockBwdPlan of block_bwd.cpp: batch, tokens, heads; scale; act, act_grad_is_small, by_triton, four biases
-_BWD_LAYOUT = Struct("=3qf7i")
+# BlockBwdPlan of block_bwd.cpp: batch, tokens, heads; scale; act, act_grad_is_small, by_triton; what is wanted
+_BWD_LAYOUT = Struct("=3qf3iI4x")
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _TILES = ("large", "small")
 
@@ -126,11 +125,8 @@ def _keep(key: tuple, found: _Packed | None) -> _Packed | None:
     return found
 
 
-def forward(step: Any, x: Tensor, weights: Any) -> Sequence[Tensor] | None:
-    """What kernels.py's ``forward`` returns, in one call; None where it takes the ops' forwards.
-
-    step, weights  what kernels.py knows of the block; without DropPath
-    """
+def forward(step: Any, row_scales: tuple, x: Tensor, weights: Any) -> Sequence[Tensor] | None:
+    """What kernels.py's ``forward`` returns, in one call; None where it takes the ops' forwards."""
     qkv_weight, fc1_weight = weights[2], weights[9]
     key = (step, x.shape, x.dtype, x.device, qkv_weight.shape, qkv_weight.dtype, fc1_weight.shape)
     found = _packed.get(key, _UNKNOWN)
@@ -138,7 +134,7 @@ def forward(step: Any, x: Tensor, weights: Any) -> Sequence[Tensor] | None:
         found = _find_forward(key, step, x, weights)
     if found is None or found.is_watched():
         return None
-    return _cuda.ops.block_saving(x, *weights, found.plan) or None
+    return _cuda.ops.block_saving(x, *weights, *row_scales, found.plan) or None
 
 
 def _find_forward(key: tuple, step: Any, x: Tensor, weights: Any) -> _Packed | None:
@@ -166,40 +162,36 @@ def _runs_what_is_here(step: Any, weight: Tensor) -> bool:
     return is_there and not _sm90.why_not_built(_cuda.ops, weight.device.index or 0)
 
 
-def backward(step: Any, dout: Tensor, x: Tensor, saved: Any, weights: Any) -> tuple[Tensor | None, ...] | None:
-    """Every gradient of a block without LayerScale or DropPath in one call; None where it takes the ops' backwards.
-
-    step            what kernels.py knows of the block, as is all that follows
-    """
+def backward(
+    step: Any, dout: Tensor, x: Tensor, saved: Any, row_scales: Any, weights: Any, wants: tuple[bool, ...]
+) -> Sequence[Tensor] | None:
+    """What kernels.py's ``backward`` returns, in one call; None where it takes the ops' backwards."""
     _, _, qkv, attended, softmax, *_ = saved
-    biases = tuple(weights[at] is not None for at in _BIASES)
-    key = (step, biases, qkv.shape, qkv.dtype, qkv.device, _tiles.ACT_GRAD)
+    key = (step, wants, qkv.shape, qkv.dtype, qkv.device, _tiles.ACT_GRAD)
     found = _packed.get(key, _UNKNOWN)
     if found is _UNKNOWN:
-        found = _find_backward(key, step, biases, qkv, attended, softmax)
+        found = _find_backward(key, step, wants, qkv, attended, softmax)
     if found is None or found.is_watched():
         return None
-    grads = _cuda.ops.block_bwd(dout, x, *saved, *_read_by_backward(weights), found.plan)
-    return (*grads[:7], None, *grads[7:], None) if grads else None
+    return _cuda.ops.block_bwd(dout, x, *saved, *weights, *row_scales, found.plan) or None
 
 
-# Of a block's parameters: the biases of its linear layers; the norms' weights and biases and the linear layers' weights
-_BIASES = (3, 5, 10, 12)
-_read_by_backward = itemgetter(0, 1, 2, 4, 7, 8, 9, 11)
+_OF_ATTENTION = 5  # of the gradients, those that come through the attention
 
 
 def _find_backward(
-    key: tuple, step: Any, biases: tuple[bool, ...], qkv: Tensor, attended: Tensor, softmax: Tensor
+    key: tuple, step: Any, wants: tuple[bool, ...], qkv: Tensor, attended: Tensor, softmax: Tensor
 ) -> _Packed | None:
     if step.memory != "default" or not _runs_what_is_here(step, qkv):
         return _keep(key, None)
-    by_triton = not (step.backends[1] == "cuda" and _has_own_backward(step, qkv))
+    by_triton = any(wants[:_OF_ATTENTION]) and not (step.backends[1] == "cuda" and _has_own_backward(step, qkv))
     launches = _made_backward(step, qkv, attended, softmax) if by_triton else ()
     if by_triton and not launches:
         return None  # not yet: the first backward, by the ops, compiles and launches them
     if not all(launch.is_packable() for launch in launches):
         return _keep(key, None)
-    kinds = (_ACTIVATIONS.index(step.act), _TILES.index(_tiles.ACT_GRAD), by_triton, *biases)
+    wanted = sum(want << at for at, want in enumerate(wants))
+    kinds = (_ACTIVATIONS.index(step.act), _TILES.index(_tiles.ACT_GRAD), by_triton, wanted)
     packed = _BWD_LAYOUT.pack(qkv.shape[0], qkv.shape[1], step.num_heads, step.scale, *kinds)
     packed += b"".join(launch.packed() for launch in launches) or bytes(2 * _COMPILED)
     return _keep(key, _Packed(torch.frombuffer(bytearray(packed), dtype=torch.uint8), launches))

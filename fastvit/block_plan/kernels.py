@@ -46,8 +46,8 @@ def forward(step: Step, row_scale1: Tensor | None, row_scale2: Tensor | None, x:
 
     weights  ``plan.parameters`` of the block, as the kernels take them
     """
-    if row_scale1 is None and row_scale2 is None and not step.class_token:
-        in_one = hopper.forward(step, x, weights)
+    if not step.class_token:
+        in_one = hopper.forward(step, (row_scale1, row_scale2), x, weights)
         if in_one is not None:
             return tuple(in_one)
     norm_and_qkv, projection, scale1, mlp, scale2 = split(weights)
@@ -64,10 +64,10 @@ def backward(
     step: Step, dout: Tensor, x: Tensor, saved: Any, row_scales: Any, weights: Any, wants: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x and of all parameters, by the ops' backwards. What autocast had cast is PyTorch's to cast back."""
-    if not step.class_token and _is_whole(row_scales, weights, wants):
-        grads = hopper.backward(step, dout, x, saved, weights)
-        if grads is not None:
-            return grads
+    if not step.class_token:
+        in_one = hopper.backward(step, dout, x, saved, row_scales, weights, wants)
+        if in_one is not None:
+            return tuple(in_one)
     *of_attention, middle, mean2, rstd2, h = saved
     norm_and_qkv, projection, scale1, mlp, scale2 = split(weights)
     wants_attention, wants_middle = any(wants[:5]), any(wants[:8])
@@ -146,16 +146,3 @@ def _attend_class_token_backward(
 
 def _joined(first: Tensor, others: Tensor) -> Tensor:
     return torch.cat((first, others))
-
-
-def _is_whole(row_scales: Any, weights: Any, wants: tuple[bool, ...]) -> bool:
-    """Whether every gradient is wanted of a block with norms' parameters, without LayerScale or DropPath."""
-    if row_scales[0] is not None or row_scales[1] is not None or not all(wants[at] for at in _WHOLE):
-        return False
-    given = (weight is not None for weight in weights)
-    return not (wants[7] or wants[14]) and all(
-        want == is_there for want, is_there in zip(wants[1:], given, strict=True)
-    )
-
-
-_WHOLE = (0, 1, 2, 8, 9)  # x, and the norms' weights and biases

@@ -276,7 +276,8 @@ def _row_factors(row_scale: Tensor | None, rows: int) -> Tensor | None:
     """One float32 factor a row from one a sample."""
     if row_scale is None or row_scale.numel() == 0:
         return None
-    return row_scale.float()[:, None].expand(-1, rows // row_scale.numel()).reshape(-1)
+    factors = row_scale.new_empty((row_scale.numel(), rows // row_scale.numel()), dtype=torch.float32)
+    return factors.copy_(row_scale[:, None]).view(-1)
 
 
 def _branch_grad(
@@ -327,8 +328,9 @@ def _weight_grads(
         dweight = dbranch.t() @ inputs if wants_weight and inputs is not None else None
         return dweight, sums if wants_bias else None, None
     if inputs is None or not (wants_weight or wants_scale):
-        dbias = (sums * layer_scale).to(weight.dtype) if wants_bias and sums is not None else None
-        return None, dbias, None
+        if not wants_bias or sums is None:
+            return None, None, None
+        return None, ops.scale(sums[None], None, _readable(layer_scale, weight), weight.dtype, None)[0][0], None
     if weight.dtype == torch.float32:
         return _float32_scale_grads(dbranch, sums, inputs, weight, bias, layer_scale, mask)
     scale = _readable(layer_scale, weight)

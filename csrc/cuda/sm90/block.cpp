@@ -137,11 +137,12 @@ struct Run {
     run("block", p, stream);
   }
 
-  void linear_residual(int64_t rows, const Matrix& x, const Linear& linear, const Matrix& residual,
-                       const Matrix& y) const {
+  // row_scale  (rows,) or nullptr
+  void linear_residual(int64_t rows, const Matrix& x, const Linear& linear, const Matrix& residual, const Matrix& y,
+                       const float* row_scale = nullptr) const {
     LinearResidual p{};
     p.x = x, p.weight = linear.weight, p.bias = linear.bias, p.layer_scale = linear.layer_scale;
-    p.residual = residual, p.y = y;
+    p.row_scale = row_scale, p.residual = residual, p.y = y;
     p.rows = rows, p.cols = linear.cols, p.depth = linear.depth, p.tile = linear.tile, p.device = device;
     run("block", p, stream);
   }
@@ -213,9 +214,25 @@ Tensor run_block(const Checks& checks, const BlockPlan& plan, const Tensor& x, c
   return out;
 }
 
+// DropPath's factor of each sample, for each of its rows in float32.
+class RowFactors {
+ public:
+  RowFactors(const Checks& checks, const MaybeTensor& row_scale, const BlockPlan& plan, DType dtype) {
+    checks.vector("row_scale", row_scale, plan.batch, dtype, "weight");
+    if (!row_scale) return;
+    factors_ = empty(*row_scale, {plan.batch, plan.tokens}, ScalarType::Float);
+    torch::stable::copy_(*factors_, torch::stable::unsqueeze(*row_scale, 1));
+  }
+  const float* data() const { return factors_ ? static_cast<const float*>(factors_->data_ptr()) : nullptr; }
+
+ private:
+  MaybeTensor factors_;
+};
+
 // The result, and what a backward reads: mean and rstd of norm1, qkv, the attention's result and its log-sum-exp, what
 // goes into the MLP, mean and rstd of norm2, fc1's result.
-std::vector<Tensor> run_block_saving(const Checks& checks, const BlockPlan& plan, const Tensor& x, const Parts& parts) {
+std::vector<Tensor> run_block_saving(const Checks& checks, const BlockPlan& plan, const Tensor& x, const Parts& parts,
+                                     const MaybeTensor& row_scale1, const MaybeTensor& row_scale2) {
   const Matrix input = rows_of(checks, x, plan);
   const DType dtype = parts.qkv.weight.dtype;
   checks.fits("x", input.dtype, "weight", dtype);
@@ -224,6 +241,7 @@ std::vector<Tensor> run_block_saving(const Checks& checks, const BlockPlan& plan
   const ScalarType half = dtype == DType::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Half;
 
   const OnDevice device(x);
+  const RowFactors factors1(checks, row_scale1, plan, dtype), factors2(checks, row_scale2, plan, dtype);
   const auto tokens = [&](int64_t width, ScalarType type) { return empty(x, {plan.batch, plan.tokens, width}, type); };
   const auto row_numbers = [&] { return empty(x, {rows}, ScalarType::Float); };
   const Tensor mean1 = row_numbers(), rstd1 = row_numbers(), mean2 = row_numbers(), rstd2 = row_numbers();
@@ -241,24 +259,12 @@ std::vector<Tensor> run_block_saving(const Checks& checks, const BlockPlan& plan
   run.layernorm(rows, input, parts.norm1, normed, {floats(mean1), floats(rstd1)});
   run.linear_act(rows, normed, parts.qkv, Activation::kNone, {q, 3 * attended, dtype});
   run.attend(q, q + 2 * attended, static_cast<char*>(merged.data_ptr()), floats(lse), dtype);
-  run.linear_residual(rows, {merged.data_ptr(), attended, dtype}, parts.proj, input, mid);
+  run.linear_residual(rows, {merged.data_ptr(), attended, dtype}, parts.proj, input, mid, factors1.data());
   run.layernorm(rows, mid, parts.norm2, normed, {floats(mean2), floats(rstd2)});
   run.linear_act(rows, normed, parts.fc1, plan.act, activated, {h.data_ptr(), plan.hidden, dtype});
-  run.linear_residual(rows, activated, parts.fc2, mid, result);
+  run.linear_residual(rows, activated, parts.fc2, mid, result, factors2.data());
   return {out, mean1, rstd1, qkv, merged, lse, middle, mean2, rstd2, h};
 }
-
-struct Weights {
-  const MaybeTensor &norm1_weight, &norm1_bias;
-  const Tensor& qkv_weight;
-  const MaybeTensor& qkv_bias;
-  const Tensor& proj_weight;
-  const MaybeTensor &proj_bias, &layer_scale1, &norm2_weight, &norm2_bias;
-  const Tensor& fc1_weight;
-  const MaybeTensor& fc1_bias;
-  const Tensor& fc2_weight;
-  const MaybeTensor &fc2_bias, &layer_scale2;
-};
 
 Parts read_parts(const Checks& checks, const BlockPlan& p, const Weights& w) {
   const DType dtype = checks.dtype("qkv_weight", w.qkv_weight.scalar_type());
@@ -285,19 +291,21 @@ MaybeTensor block(Tensor x, MaybeTensor norm1_weight, MaybeTensor norm1_bias, Te
   return {};
 }
 
-// The same with what a backward reads, see run_block_saving; an empty list for nothing.
+// The same with DropPath's factors (B,), and what a backward reads, see run_block_saving; an empty list for nothing.
 std::vector<Tensor> block_saving(Tensor x, MaybeTensor norm1_weight, MaybeTensor norm1_bias, Tensor qkv_weight,
                                  MaybeTensor qkv_bias, Tensor proj_weight, MaybeTensor proj_bias,
                                  MaybeTensor layer_scale1, MaybeTensor norm2_weight, MaybeTensor norm2_bias,
                                  Tensor fc1_weight, MaybeTensor fc1_bias, Tensor fc2_weight, MaybeTensor fc2_bias,
-                                 MaybeTensor layer_scale2, Tensor plan) try {
+                                 MaybeTensor layer_scale2, MaybeTensor row_scale1, MaybeTensor row_scale2,
+                                 Tensor plan) try {
   const Checks checks("block", "x", x);
   const BlockPlan p = read_plan<BlockPlan>(checks, plan);
   return run_block_saving(
       checks, p, x,
       read_parts(checks, p,
                  {norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale1, norm2_weight,
-                  norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale2}));
+                  norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale2}),
+      row_scale1, row_scale2);
 } catch (const Misfit&) {
   return {};
 }
@@ -306,12 +314,9 @@ std::vector<Tensor> block_saving(Tensor x, MaybeTensor norm1_weight, MaybeTensor
 }  // namespace fastvit::sm90
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastvit_cuda, m) {
-#define FASTVIT_BLOCK                                                                                             \
-  "(Tensor x, Tensor? norm1_weight, Tensor? norm1_bias, Tensor qkv_weight, Tensor? qkv_bias, Tensor proj_weight," \
-  " Tensor? proj_bias, Tensor? layer_scale1, Tensor? norm2_weight, Tensor? norm2_bias, Tensor fc1_weight,"        \
-  " Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale2, Tensor plan)"
-  m.def("block" FASTVIT_BLOCK " -> Tensor?");
-  m.def("block_saving" FASTVIT_BLOCK " -> Tensor[]");
+  m.def("block(Tensor x, " FASTVIT_BLOCK_WEIGHTS ", Tensor plan) -> Tensor?");
+  m.def("block_saving(Tensor x, " FASTVIT_BLOCK_WEIGHTS
+        ", Tensor? row_scale1, Tensor? row_scale2, Tensor plan) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastvit_cuda, CUDA, m) {
