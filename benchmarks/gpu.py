@@ -42,6 +42,7 @@ KERNEL_TESTS = (
 )
 # Of what no GPU has run yet. A kernel that hangs takes all multiprocessors, so each of these is by itself
 NEW_TESTS = (
+    "test_cuda_layernorm.py",
     "test_block_plan_gpu.py",
     "test_cuda_attention.py",
     "test_cuda_attention_bwd.py",

@@ -13,6 +13,10 @@ DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(bool(cuda_on_cpu.why_not()), reason=cuda_on_cpu.why_not())),
 ]
 
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+# (residual stream, weights): one dtype, or float32 beside 16 bits under autocast
+PAIRS = [(F32, F32), (F16, F16), (BF16, BF16), (F32, F16), (F32, BF16)]
+
 
 class Device:
     """Where the kernels run, and random tensors there."""
@@ -26,6 +30,13 @@ class Device:
         values = torch.randn(*size, generator=self.generator) * scale + shift
         values = values.to(self.name, dtype)
         return testing.sliced(values) if slices else values
+
+
+def rows_for(device, width):
+    """Numbers of rows to try: few where every thread is a fiber."""
+    if device.name == "cuda":
+        return [0, 1, 197, 50432]
+    return [0, 1, 61] if width <= 192 else [5]
 
 
 def prove(device, name, *arguments, mutated=(), stock=None):

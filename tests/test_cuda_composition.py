@@ -1,7 +1,7 @@
 """fastvit/ops/_cuda.py without a GPU: the passes of csrc/cuda replaced by the same formulas in plain PyTorch.
 
 What is proved here is the composition: which products are taken of what, what is recomputed, where a scale goes, and
-every gradient. The passes themselves are proved in test_cuda_kernels.py.
+every gradient. The passes themselves are proved in test_cuda_layernorm.py and test_cuda_kernels.py.
 """
 
 from types import SimpleNamespace
