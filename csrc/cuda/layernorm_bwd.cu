@@ -11,7 +11,7 @@ constexpr int kAnyThreads = 256;
 constexpr int kAnyPerSm = 4;
 
 template <typename X, typename Y, int VECS, bool WIDE>
-struct Shape {
+struct BwdShape {
   static constexpr int kRows = WIDE ? 1 : VECS == 4 && sizeof(Y) == 4 ? 2 : 4;  // of a block at a time
   static constexpr int kThreads = WIDE ? kMaxWide : kRows * kWarp;
   // Blocks a multiprocessor: as many as leave a thread the registers it needs.
@@ -21,9 +21,9 @@ struct Shape {
 // A row a warp, or WIDE: a row a block. They walk over the rows, so that the column sums stay in registers to the end.
 // x and dy come while the row before is at work, the residual's gradient from the end of that on.
 template <typename X, typename Y, int VECS, bool WIDE>
-__global__ void __launch_bounds__(Shape<X, Y, VECS, WIDE>::kThreads, Shape<X, Y, VECS, WIDE>::kBlocks)
+__global__ void __launch_bounds__(BwdShape<X, Y, VECS, WIDE>::kThreads, BwdShape<X, Y, VECS, WIDE>::kBlocks)
     layernorm_bwd_kernel(LayerNormBwd p) {
-  constexpr int kThreads = Shape<X, Y, VECS, WIDE>::kThreads, kRows = Shape<X, Y, VECS, WIDE>::kRows;
+  constexpr int kThreads = BwdShape<X, Y, VECS, WIDE>::kThreads, kRows = BwdShape<X, Y, VECS, WIDE>::kRows;
   __shared__ SharedRow<X, VECS, kThreads> next_x, next_residual;
   __shared__ SharedRow<Y, VECS, kThreads> next_dy;
   __shared__ SharedParam<WIDE ? 1 : VECS> weight, bias;
@@ -212,10 +212,10 @@ int layernorm_bwd_groups(const LayerNormBwd& p) {
       using Y = typename decltype(y)::type;
       return with_shape(p.cols, [&](auto vecs, auto wide) {
         constexpr auto* kernel = layernorm_bwd_kernel<X, Y, vecs(), wide()>;
-        using S = Shape<X, Y, vecs(), wide()>;
-        rows = S::kRows;
+        using Shape = BwdShape<X, Y, vecs(), wide()>;
+        rows = Shape::kRows;
         blocks = wide() ? blocks_at_once(reinterpret_cast<const void*>(kernel), wide_threads(p.cols))
-                        : blocks_at_once<kernel>(S::kThreads);
+                        : blocks_at_once<kernel>(Shape::kThreads);
         return cudaSuccess;
       });
     });
@@ -233,7 +233,7 @@ cudaError_t launch_layernorm_bwd(const LayerNormBwd& p, cudaStream_t stream) {
       return cudaGetLastError();
     }
     return with_shape(p.cols, [&](auto vecs, auto wide) {
-      const int threads = wide() ? wide_threads(p.cols) : Shape<X, Y, vecs(), wide()>::kThreads;
+      const int threads = wide() ? wide_threads(p.cols) : BwdShape<X, Y, vecs(), wide()>::kThreads;
       layernorm_bwd_kernel<X, Y, vecs(), wide()><<<p.groups, threads, 0, stream>>>(p);
       return cudaGetLastError();
     });

@@ -10,30 +10,30 @@ constexpr int kAnyThreads = 256;
 
 // A kernel for rows of up to `vecs` vectors a lane: `sure` of them lie inside any row it is taken for, and as many
 // blocks run on a multiprocessor as leave a thread the registers it needs.
-struct Shape {
+struct FwdShape {
   int vecs, sure, blocks;
 };
-constexpr Shape kShapes[] = {{2, 0, 8}, {3, 2, 7}, {4, 3, 5}, {6, 4, 4}, {8, 6, 3}, {kMaxVecs, 8, 2}};
+constexpr FwdShape kFwdShapes[] = {{2, 0, 8}, {3, 2, 7}, {4, 3, 5}, {6, 4, 4}, {8, 6, 3}, {kMaxVecs, 8, 2}};
 
-constexpr Shape shape_of(int vecs) {
-  const Shape* shape = kShapes;
+constexpr FwdShape shape_of(int vecs) {
+  const FwdShape* shape = kFwdShapes;
   while (shape->vecs < vecs) ++shape;
   return *shape;
 }
 
 template <int VECS>
-constexpr Shape kShape = shape_of(VECS);
+constexpr FwdShape kFwdShape = shape_of(VECS);
 
 // Rows of up to VECS * 256 columns. Warps walk over the rows; the next one comes while one is at work.
 template <typename X, typename Y, int VECS>
-__global__ void __launch_bounds__(kRows* kWarp, kShape<VECS>.blocks) layernorm_fwd_kernel(LayerNormFwd p) {
+__global__ void __launch_bounds__(kRows* kWarp, kFwdShape<VECS>.blocks) layernorm_fwd_kernel(LayerNormFwd p) {
   constexpr bool kAhead = VECS <= kMaxAhead;
   __shared__ SharedRow<X, kAhead ? VECS : 1, kRows * kWarp> next;
   __shared__ SharedParam<VECS> weight, bias;
   const int lane = threadIdx.x % kWarp;
   const int64_t step = int64_t(gridDim.x) * kRows;
   int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / kWarp;
-  constexpr int kSure = kShape<VECS>.sure;
+  constexpr int kSure = kFwdShape<VECS>.sure;
   const auto is_inside = [&](int v, int col) { return v < kSure || col < p.cols; };
   const auto fetch = [&](int64_t from) {
     if (!kAhead || from >= p.rows) return;
