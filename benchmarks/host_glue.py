@@ -54,7 +54,10 @@ def empty_launches() -> str:
     lines = ['#include "cuda/sm90/attention.h"', '#include "cuda/sm90/gemm.h"', "namespace fastvit {"]
     lines += [launcher(params, snake(params)) for params in PASSES]
     lines += ["cudaError_t has_kernels() { return cudaSuccess; }"]
-    lines += ["int layernorm_bwd_groups(int64_t, int) { return 1; }", "int pass_groups(int64_t, int64_t) { return 1; }"]
+    lines += [
+        "int layernorm_bwd_groups(const LayerNormBwd&) { return 1; }",
+        "int pass_groups(int64_t, int64_t) { return 1; }",
+    ]
     lines += ["namespace sm90 {"]
     for half, tile in product(HALVES, TILES):
         values = f"DType::{half}, Tile::{tile}"
