@@ -32,6 +32,7 @@ HOPPER_SHARED_LIMIT = 227 * 1024
 VECTOR_KERNEL = re.compile(r"pass_kernel<8,|layer_scale_bwd_kernel<\w+, 8>|layernorm_(fwd|bwd)_kernel<")
 # What launch_overlapping and sm90's launch start while the kernel before is still running; see csrc/cuda/common.cuh
 OVERLAPPING = re.compile(r"layernorm_fwd_kernel<|device_kernel<sm90::|attention_(fwd|bwd)_kernel<")
+WIDE_MOVE = re.compile(r"\.(128|256)")  # bits; loads straight into shared memory (LDGSTS) count as loads
 DTYPES, TILES = ("fp32", "fp16", "bf16"), ("large", "small")
 # A product's name: op, dtype, tile, the residual stream's dtype and the shared memory it asks
 # for; see csrc/cuda/sm90
@@ -89,12 +90,12 @@ def parse_usage(text: str, instructions: dict[str, dict], arch: str) -> Iterator
 
 
 def count_instructions(sass: str) -> dict[str, dict]:
-    """Each kernel's matrix instructions, and (wide, all) loads and stores, in cuobjdump's listing; wide is 16 bytes."""
+    """Each kernel's matrix instructions, and (wide, all) loads and stores, in a listing; wide is 16 bytes and more."""
     found: dict[str, dict] = {}
     parts = re.split(r"Function : (\w+)", sass)[1:]
     for name, body in zip(parts[::2], parts[1::2], strict=True):
-        moves = {key: re.findall(rf"\b{key}\.E[.\w]*", body) for key in ("LDG", "STG")}
-        row: dict = {key: (sum(".128" in move for move in each), len(each)) for key, each in moves.items()}
+        moves = {key: re.findall(rf"\b{key}(?:STS)?\.E[.\w]*", body) for key in ("LDG", "STG")}
+        row: dict = {key: (sum(map(bool, map(WIDE_MOVE.search, each))), len(each)) for key, each in moves.items()}
         row["waits"] = body.count("ACQBULK")
         # warps with tasks of their own lie in the listing one after the other: there the loads by TMA must come later
         touches = "UTMALDG" if "USETMAXREG" in body else r"UTMALDG|UTMASTG|(?:LD|ST|RED|ATOM)G?"

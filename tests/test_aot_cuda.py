@@ -56,6 +56,14 @@ def test_rows_of_the_library(aot):
     assert "wgmmas" not in other
 
 
+def test_loads_into_shared_memory_are_loads(aot):
+    """And Blackwell's of 32 bytes are wide."""
+    listing = (
+        "Function : pass\n/*00*/ LDGSTS.E.BYPASS.128 [R5], desc[UR8][R2.64] ;\n/*10*/ LDG.E.ENL2.256 R8, R4, [R2.64] ;"
+    )
+    assert aot.count_instructions(listing)["pass"]["LDG"] == (2, 2)
+
+
 def test_passes_of_vectors_move_16_bytes(aot):
     """The listing of a kernel whose 16-byte stores were split, and of the same kernel whole."""
     split = aot.count_instructions(SPLIT)["pass"]

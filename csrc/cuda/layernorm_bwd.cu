@@ -12,10 +12,10 @@ constexpr int kAnyPerSm = 4;
 
 template <typename X, typename Y, int VECS, bool WIDE>
 struct BwdShape {
-  static constexpr int kRows = WIDE ? 1 : VECS == 4 && sizeof(Y) == 4 ? 2 : 4;  // of a block at a time
+  static constexpr int kRows = WIDE ? 1 : VECS == 4 && sizeof(X) == 4 ? 2 : 4;  // of a block at a time
   static constexpr int kThreads = WIDE ? kMaxWide : kRows * kWarp;
   // Blocks a multiprocessor: as many as leave a thread the registers it needs.
-  static constexpr int kBlocks = WIDE ? 2 : VECS == 1 ? 6 : VECS == 2 ? 4 : VECS == 3 || sizeof(X) == 2 ? 3 : 2;
+  static constexpr int kBlocks = WIDE ? 2 : VECS == 1 ? 6 : VECS == 2 || kRows == 2 ? 4 : 3;
 };
 
 // A row a warp, or WIDE: a row a block. They walk over the rows, so that the column sums stay in registers to the end.

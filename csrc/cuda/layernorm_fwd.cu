@@ -5,7 +5,7 @@ namespace fastvit {
 
 constexpr int kRows = 4;  // warps of a block, one row each
 constexpr int kMaxVecs = 16;
-constexpr int kMaxAhead = 8;  // vectors of a row beside which the next row has room
+constexpr int kMaxAhead = 6 * 256 * sizeof(float);  // bytes of a row beside which the next one has room in 48 KB
 constexpr int kAnyThreads = 256;
 
 // A kernel for rows of up to `vecs` vectors a lane: `sure` of them lie inside any row it is taken for, and as many
@@ -27,7 +27,7 @@ constexpr FwdShape kFwdShape = shape_of(VECS);
 // Rows of up to VECS * 256 columns. Warps walk over the rows; the next one comes while one is at work.
 template <typename X, typename Y, int VECS>
 __global__ void __launch_bounds__(kRows* kWarp, kFwdShape<VECS>.blocks) layernorm_fwd_kernel(LayerNormFwd p) {
-  constexpr bool kAhead = VECS <= kMaxAhead;
+  constexpr bool kAhead = VECS * kWarp * kVec * sizeof(X) <= kMaxAhead;
   __shared__ SharedRow<X, kAhead ? VECS : 1, kRows * kWarp> next;
   __shared__ SharedParam<VECS> weight, bias;
   const int lane = threadIdx.x % kWarp;
